@@ -1,0 +1,377 @@
+"""The typed configuration of a run: YAML in, dotted overrides, every mistake an error before any work.
+
+    cfg = load_config("configs/quickstart.yaml", ["run.steps=100", "peers.0.optimizer.lr=1e-3"])
+
+Each field states its unit and meaning after it; what a section refuses, it refuses here with the dotted key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[NonNegative, NonNegative]
+
+
+class ConfigError(ValueError):
+    """A bad configuration: one line an error, each with the dotted key, what was given and what is allowed."""
+
+
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Section):
+    output_dir: Path
+    """Where config.yaml, metrics, plots and checkpoints go."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    epochs: Annotated[int, Field(gt=0)] | None = None
+    """Passes over the data; either this or `steps`."""
+    steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps; either this or `epochs`."""
+    save_every_steps: Annotated[int, Field(gt=0)] | None = None
+    """Steps between checkpoints; one is written at the end in any case."""
+    keep_checkpoints: Annotated[int, Field(gt=0)] = 2
+    """How many of the newest checkpoints stay."""
+    log_every_steps: Annotated[int, Field(gt=0)] = 20
+    """Steps between rows of metrics.jsonl; only these steps read values back from the device."""
+    resume: str = "auto"
+    """auto: from the newest checkpoint in output_dir where there is one; never; or a checkpoint folder."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunConfig:
+        if (self.epochs is None) == (self.steps is None):
+            found = "neither" if self.epochs is None else f"epochs={self.epochs} and steps={self.steps}"
+            raise ValueError(f"exactly one of run.epochs and run.steps is needed (null unsets one), found {found}")
+        return self
+
+
+class AugmentConfig(Section):
+    """Changes to an augmentation preset; a field left out keeps the preset's value (engine/data/augment.py)."""
+
+    preset: Literal["simclr", "simsiam"] = "simclr"
+    crop_scale: Range | None = None
+    """Area of the random crop as a share of the image, (low, high)."""
+    crop_ratio: Range | None = None
+    """Aspect ratio width / height of the random crop, (low, high)."""
+    flip: Fraction | None = None
+    """Probability of a horizontal flip."""
+    jitter: Fraction | None = None
+    """Probability of the colour jitter."""
+    brightness: NonNegative | None = None
+    contrast: NonNegative | None = None
+    saturation: NonNegative | None = None
+    """Strength s: the factor is uniform in [max(0, 1 - s), 1 + s]."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    """Hue shift as a share of the colour circle, uniform in [-hue, hue]."""
+    grayscale: Fraction | None = None
+    """Probability of greyscale."""
+    blur: Fraction | None = None
+    """Probability of the Gaussian blur."""
+    blur_sigma: Range | None = None
+    """Standard deviation of the blur in pixels, (low, high)."""
+    solarize: Fraction | None = None
+    """Probability of solarising (values of 128 and above are inverted)."""
+
+    @field_validator("crop_scale", "crop_ratio", "blur_sigma")
+    @classmethod
+    def _ordered(cls, value: Range | None) -> Range | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError(f"must be (low, high) with 0 < low <= high, found {value}")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _at_most_whole(cls, value: Range | None) -> Range | None:
+        if value is not None and value[1] > 1:
+            raise ValueError(f"must not exceed the whole image (1.0), found {value}")
+        return value
+
+
+DATASETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet", "folder")
+
+
+class DataConfig(Section):
+    dataset: Literal["cifar10", "cifar100", "stl10", "tiny-imagenet", "folder"] = "cifar10"
+    root: Path = Path("data")
+    """Folder of the data set; the named ones are downloaded there."""
+    loader: Literal["torchvision"] = "torchvision"
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    """Side of a view in pixels; left out: the data set's own (32, 32, 96, 64; folder 224)."""
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    """Images of the global batch, over all ranks."""
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Loader processes a rank; auto: the rank's share of the cores, at most 8.  The views do not depend on it."""
+    views: Literal["per_peer", "shared"] = "per_peer"
+    """per_peer: each peer its own two views of an image; shared: both see the same two."""
+    augment: AugmentConfig = AugmentConfig()
+    """simclr, simsiam, or a mapping of changes to one of them."""
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _preset_name(cls, value: Any) -> Any:
+        return {"preset": value} if isinstance(value, str) else value
+
+
+class ProjectorConfig(Section):
+    hidden: Annotated[int, Field(gt=0)] = 512
+    """Width of the hidden layers."""
+    out: Annotated[int, Field(gt=0)] = 128
+    """Width D of the embedding."""
+    layers: Annotated[int, Field(ge=1, le=8)] = 2
+    """Linear layers; all but the last are followed by BatchNorm and ReLU."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    lr: Positive = 3.0e-4
+    """Learning rate of the global batch as given; nothing scales it."""
+    weight_decay: NonNegative = 1.0e-6
+    momentum: Fraction = 0.9
+    """Of sgd and lars."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of adam and adamw."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: NonNegative = 0.0
+    """Epochs of linear warm-up from zero before the schedule."""
+    exclude_bias_and_norm: bool | None = None
+    """No weight decay (and no LARS adaptation) on biases and norm layers; left out: true for lars, else false."""
+
+
+class PeerConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,15}$")]
+    """Key of the peer in metrics, checkpoints and commands."""
+    backbone: str
+    """wrn-DEPTH-WIDTH (DEPTH = 6n + 4) or any timm name."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """small: 3x3 stride 1 and no max-pool (ResNets); auto: small below 100 px for ResNets, else the backbone's own."""
+    objective: Literal["simclr"] = "simclr"
+    tau: Positive = 0.5
+    """Temperature of NT-Xent."""
+    bn: Literal["per_view", "joint"] = "per_view"
+    """BatchNorm statistics of each view by itself (the paper) or of both views together."""
+    projector: ProjectorConfig = ProjectorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class DistillConfig(Section):
+    weight: NonNegative | tuple[NonNegative, NonNegative] = 0.39
+    """Weight of the KL term, one for both peers or one each, in the order of `peers`."""
+    tau: Positive = 0.1
+    """Temperature of the similarity distributions."""
+    reduction: Literal["batchmean", "mean"] = "batchmean"
+    """batchmean: mean over rows; mean: over all N^2 entries (the authors' code; weight 100 at N = 256 is 0.39 here)."""
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The weight of each peer."""
+        return self.weight if isinstance(self.weight, tuple) else (self.weight, self.weight)
+
+
+class EngineConfig(Section):
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 (autocast; weights stay fp32) on a GPU, fp32 on a CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    sync_bn: bool = True
+    """BatchNorm statistics over the global batch of all ranks."""
+    deepspeed: dict[str, Any] = {}
+    """Merged into each peer's DeepSpeed configuration; what contradicts this file is an error."""
+
+
+class KnnConfig(Section):
+    every_steps: Annotated[int, Field(gt=0)] | None = None
+    """Steps between evaluations; left out: before the first step and after the last only."""
+    k: Annotated[int, Field(gt=0)] = 50
+    tau: Positive = 0.1
+    """A neighbour votes with exp(cosine / tau)."""
+    bank: Annotated[int, Field(gt=0)] | None = None
+    """At most this many labelled images in the bank, evenly spaced; left out: all."""
+
+
+class EvalConfig(Section):
+    knn: KnnConfig = KnnConfig()
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    data: DataConfig = DataConfig()
+    peers: Annotated[tuple[PeerConfig, ...], Field(min_length=1, max_length=2)]
+    """One peer is the plain self-supervised baseline, two distil each other."""
+    distill: DistillConfig | None = None
+    """Only with two peers, where leaving it out means its defaults."""
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_distill(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("distill") is None:
+            peers = data.get("peers")
+            if isinstance(peers, Sequence) and len(peers) == 2:
+                return {**data, "distill": {}}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if len(self.peers) == 1 and self.distill is not None:
+            raise ValueError("distill: needs two peers to distil between, found one; leave the section out")
+        names = [peer.name for peer in self.peers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"peers: names must differ, found {', '.join(names)}")
+        for i, peer in enumerate(self.peers):
+            if peer.optimizer.name == "lars" and self.engine.zero_stage >= 1:
+                raise ValueError(
+                    f"peers.{i}.optimizer.name: lars under engine.zero_stage={self.engine.zero_stage} would be "
+                    "silently wrong: ZeRO flattens the parameters into one shard, so LARS loses its ratio per layer; "
+                    "use engine.zero_stage=0, or adam, adamw or sgd"
+                )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values of every field, as written to config.yaml."""
+        return self.model_dump(mode="json")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `section.key=value` overrides (list items by index) and checks everything.
+
+    Raises ConfigError: a file that is not there or no YAML mapping, a malformed override, unknown keys (with the
+    nearest allowed ones), wrong types and values.
+    """
+    path = Path(path)
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path} ({error.strerror})") from None
+    except YAMLError as error:
+        raise ConfigError(f"--config: {path} is not valid YAML: {_one_line(error)}") from None
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"--config: {path} must hold a mapping of sections")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"--config: {path}: {_one_line(error)}") from None
+    return parse_config(plain)
+
+
+def parse_config(plain: Any) -> Config:
+    """Checks a tree of plain values; raises ConfigError."""
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(_describe_all(error)) from None
+
+
+def save_config(cfg: Config, path: Path) -> None:
+    """Writes every field of the configuration as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(cfg.resolved(), sort_keys=False))
+
+
+def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose plain values differ between two trees."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = dict.fromkeys((*one, *other))
+        return [d for key in keys for d in differing_keys(one.get(key), other.get(key), f"{prefix}{key}.")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [
+            d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differing_keys(a, b, f"{prefix}{i}.")
+        ]
+    return [] if one == other else [prefix.removesuffix(".")]
+
+
+def _override(tree: Any, override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.removeprefix("--")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{override}: an override is section.key=value")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        OmegaConf.update(tree, key, value["value"], merge=False, force_add=True)  # type: ignore[index, call-overload]
+    except YAMLError:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+        raise ConfigError(f"{key}: cannot be set here ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _describe_all(error: ValidationError) -> str:
+    """One line a key; the branches of a union, each with its own complaint, share theirs."""
+    lines: list[str] = []
+    for line in dict.fromkeys(_describe(e) for e in error.errors()):
+        head, allowed, alternative = line.partition(", allowed: ")
+        if allowed and lines and lines[-1].startswith(head + allowed):
+            lines[-1] += f"; or {alternative}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic error: dotted key, what was given, what is allowed."""
+    # Union branches appear in the location by their type names; only keys and indices are part of the dotted key.
+    kind, given = error["type"], error["input"]
+    last = error["loc"][-1:] if kind == "extra_forbidden" else ()
+    location = [part for part in error["loc"] if isinstance(part, int) or part in _ALL_KEYS or (part,) == last]
+    key = ".".join(map(str, location))
+    if kind == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), allowed, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
+        return f"{key}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{key}: is required"
+    if kind == "value_error":
+        text = str(error["ctx"]["error"])
+        return text if not key or text.startswith(("exactly", key)) else f"{key}: {text}"
+    message = error["msg"].removeprefix("Input should be ").replace("Input should", "should")
+    return f"{key}: found {given!r}, allowed: {message}"
+
+
+def _sections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Names of the fields that hold sections (alone or in a list)."""
+    found = {}
+    for name, field in section.model_fields.items():
+        for kind in _leaf_types(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found[name] = kind
+    return found
+
+
+def _leaf_types(annotation: Any) -> list[Any]:
+    arguments = get_args(annotation)
+    return [leaf for argument in arguments for leaf in _leaf_types(argument)] if arguments else [annotation]
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str):
+            section = _sections(section)[part]
+    return list(section.model_fields)
+
+
+def _all_keys(section: type[BaseModel]) -> set[str]:
+    return set(section.model_fields).union(*(_all_keys(s) for s in _sections(section).values()))
+
+
+_ALL_KEYS = _all_keys(Config)

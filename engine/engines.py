@@ -1,0 +1,216 @@
+"""One DeepSpeed engine a peer: its generated configuration, its weights in full, its optimizer state.
+
+What DeepSpeed does not do for a pair of convnets is done here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from engine.config import Config, ConfigError
+from engine.distributed import Ranks, convert_sync_bn
+from engine.optimizers import build_optimizer
+from engine.peers import build_peer
+
+
+def precision_of(cfg: Config, device: torch.device) -> str:
+    """bf16 or fp32: the setting, with auto resolved for this device."""
+    if cfg.engine.precision != "auto":
+        return cfg.engine.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed configuration of every peer: what this project needs, with `engine.deepspeed` merged in.
+
+    Raises ConfigError where the user's section contradicts the rest of the configuration.
+    """
+    generated: dict[str, Any] = {
+        "train_batch_size": cfg.data.batch_size,
+        "train_micro_batch_size_per_gpu": cfg.data.batch_size // ranks.world,
+        # Accumulating would leave each micro-batch its own few negatives: another loss.
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": cfg.engine.zero_stage},
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": precision_of(cfg, ranks.device) == "bf16", "dtype": "bfloat16"},
+    }
+    defaults: dict[str, Any] = {
+        # DeepSpeed clips at 1.0 unless told otherwise (0.19.8, runtime/constants.py); the method does not clip.
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,  # SGD; what would be wrong (LARS) config.py refuses
+        # An empty list keeps gradients in fp32 on the wire; the default sends those of convolutions as bf16.
+        "torch_autocast": {"lower_precision_safe_modules": []},
+    }
+    for owned in ("optimizer", "scheduler"):
+        if owned in cfg.engine.deepspeed:
+            raise ConfigError(f"engine.deepspeed.{owned}: contradicts peers.*.optimizer, which sets it")
+    _refuse_contradictions(cfg.engine.deepspeed, generated, "engine.deepspeed")
+    return _merged(_merged(defaults, cfg.engine.deepspeed), generated)
+
+
+def _refuse_contradictions(given: Mapping[str, Any], generated: Mapping[str, Any], prefix: str) -> None:
+    for key, value in given.items():
+        if key not in generated:
+            continue
+        if isinstance(generated[key], Mapping):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}.{key}: found {value!r}, a mapping is expected")
+            _refuse_contradictions(value, generated[key], f"{prefix}.{key}")
+        elif value != generated[key]:
+            raise ConfigError(
+                f"{prefix}.{key}: {value!r} contradicts the rest of the configuration, which makes it "
+                f"{generated[key]!r} ({_SET_BY.get(key, 'fixed by this engine')})"
+            )
+
+
+_SET_BY = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "data.batch_size over the ranks",
+    "gradient_accumulation_steps": "micro-batches would lose their negatives",
+    "stage": "engine.zero_stage",
+    "enabled": "engine.precision",
+    "dtype": "engine.precision",
+}
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+class PeerEngine:
+    """A peer under its DeepSpeed engine."""
+
+    def __init__(self, name: str, engine: Any, ranks: Ranks) -> None:
+        self.name = name
+        self.engine = engine
+        self.ranks = ranks
+        self.zero_stage: int = engine.zero_optimization_stage()
+
+    @property
+    def module(self) -> nn.Module:
+        """The peer itself; under ZeRO 3 its parameters are in pieces outside of `full_parameters`."""
+        return self.engine.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed steps; its groups carry the learning rate."""
+        return self.engine.optimizer
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [n, D] of both views, with gradient."""
+        return self.engine(x, y)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this peer's own loss, averaged over the ranks."""
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """One optimizer step; gradients are cleared."""
+        self.engine.step()
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Backbone features [c, width] in float32, in evaluation mode; every rank must call it equally often."""
+        module = self.module
+        assert isinstance(module.encoder, nn.Module)
+        module.eval()
+        try:
+            with self._autocast():
+                return module.encoder(images).float()
+        finally:
+            module.train()
+
+    def _autocast(self) -> AbstractContextManager:
+        if not self.engine.torch_autocast_enabled():
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, dtype=self.engine.torch_autocast_dtype())
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters and buffers, whole, on the CPU; a collective under ZeRO 3."""
+        with self._full_parameters(write=False):
+            return {key: value.detach().cpu().clone() for key, value in self.module.state_dict().items()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes what `weights` gave; optimizer copies of the weights come with `load_optimizer_state`."""
+        with self._full_parameters(write=True):
+            self.module.load_state_dict(weights, strict=True)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """This rank's optimizer state as plain tensors, numbers, lists and dicts."""
+        state = self.optimizer.state_dict()
+        return {key: _plain(value) for key, value in state.items() if key not in _LIVE_OBJECTS}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes what `optimizer_state` gave on the same rank of a run of the same size."""
+        if self.zero_stage == 0:
+            self.optimizer.load_state_dict(state)
+            return
+        live = {key: value for key, value in self.optimizer.state_dict().items() if key in _LIVE_OBJECTS}
+        every_rank: list[Any] = [None] * self.ranks.world
+        every_rank[self.ranks.rank] = {**state, **live}
+        zero: Any = self.optimizer
+        zero.load_state_dict(every_rank, load_optimizer_states=True, load_from_fp32_weights=True)
+
+    def _full_parameters(self, *, write: bool) -> AbstractContextManager:
+        if self.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        parameters = list(self.module.parameters())
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
+
+
+# Entries of a ZeRO optimizer's state that are objects or enums of DeepSpeed: the running engine has its own.
+_LIVE_OBJECTS = frozenset({"loss_scaler", "zero_stage", "param_slice_mappings"})
+
+
+def _plain(value: Any) -> Any:
+    """Tensors on the CPU, containers of Python's own types."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine]:
+    """The engines of all peers; every rank must have the same seed, so that all start from the same weights."""
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    settings = deepspeed_config(cfg, ranks)
+    engines = []
+    for peer_cfg in cfg.peers:
+        peer: nn.Module = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
+        if cfg.engine.sync_bn:
+            peer = convert_sync_bn(peer, ranks)  # before initialize: afterwards DeepSpeed holds the old modules
+        optimizer = build_optimizer(peer, peer_cfg.optimizer)
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=peer, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except (DeepSpeedConfigError, ValidationError) as error:
+            raise ConfigError(f"engine.deepspeed: {' '.join(str(error).split())}") from None
+        if cfg.engine.zero_stage == 0:
+            # On two CPU cores too a WRN-10-1 training step takes half the time (122 against 251 ms, batch 128).
+            # After initialize, whose broadcast refuses such weights (0.19.8); ZeRO >= 1 keeps weights in flat buffers,
+            # which have no such order.
+            engine.module.to(memory_format=torch.channels_last)
+        engines.append(PeerEngine(peer_cfg.name, engine, ranks))
+    return engines

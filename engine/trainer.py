@@ -1,0 +1,212 @@
+"""The training loop, order only: next batch -> forward both -> loss -> backward both -> step -> measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import checkpoint, run_dir
+from engine.config import Config
+from engine.data.augment import build_policy
+from engine.data.catalog import NATIVE_SIZE, open_dataset
+from engine.data.torch_loader import Batch, TorchLoader
+from engine.distributed import Ranks, average_buffers, barrier, cores_per_rank, first_rank_does, seed_everything
+from engine.engines import build_engines
+from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
+from engine.objectives import PeerLoss, Views, peer_losses
+from engine.optimizers import learning_rate, set_learning_rate
+from engine.probe import KnnProbe
+
+MAX_AUTO_WORKERS = 8
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss that is not finite; the state before the optimizer saw it has been saved."""
+
+
+class Trainer:
+    """A run from its configuration to summary.json; every rank builds one and calls `fit`.
+
+    Raises ConfigError, DataError, CheckpointError before any training.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks) -> None:
+        self.cfg, self.ranks = cfg, ranks
+        self.folder: Path = cfg.run.output_dir
+        size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
+        workers = min(cores_per_rank(), MAX_AUTO_WORKERS) if cfg.data.workers == "auto" else cfg.data.workers
+        policy = build_policy(cfg.data.augment, size)
+        dataset = open_dataset(cfg.data.dataset, cfg.data.root, "train")
+        assert dataset is not None
+        self.per_peer_views = cfg.data.views == "per_peer"
+        self.loader = TorchLoader(
+            dataset, policy, views=2 * len(cfg.peers) if self.per_peer_views else 2,
+            batch_size=cfg.data.batch_size, seed=cfg.run.seed, workers=workers, ranks=ranks,
+        )  # fmt: skip
+        self.knn = KnnProbe(cfg.data.dataset, cfg.data.root, cfg.eval.knn, policy, workers=workers, ranks=ranks)
+        self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.loader.steps_per_epoch
+        seed_everything(cfg.run.seed)
+        self.engines = build_engines(cfg, ranks, size)
+        self.resume_from = first_rank_does(ranks, lambda: run_dir.prepare(cfg, ranks.world))
+        self.meters = Meters()
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the last step and returns the summary, which rank 0 also writes.
+
+        Raises NonFiniteLoss on all ranks.
+        """
+        start = self._resume()
+        self.recorder = Recorder(self.folder, enabled=self.ranks.is_first, from_step=start)
+        try:
+            if start == 0:
+                self._evaluate(0)
+            with progress_bar("training", enabled=self.ranks.is_first) as bar:
+                task = bar.add_task("", total=self.steps, completed=start, rate="", note="")
+                self.logged = (start, self.training.read())
+                self.training.start()
+                for batch in self.loader.batches(start, self.steps):
+                    note = self._step(batch)
+                    bar.update(task, completed=batch.step + 1, **note)
+        finally:
+            self.recorder.close()
+        return first_rank_does(self.ranks, self._summarise)
+
+    def _resume(self) -> int:
+        """Restores the state and the clocks; returns the number of finished steps."""
+        self.wall, self.training = Stopwatch(), Stopwatch()
+        self.wall.start()
+        if self.resume_from is None:
+            return 0
+        progress = checkpoint.load(self.resume_from, self.engines, self.cfg, self.ranks, images=self.loader.images)
+        self.wall.seconds, self.training.seconds = progress.seconds, progress.train_seconds
+        return progress.step
+
+    def _step(self, batch: Batch) -> dict[str, Any]:
+        """One step and what is due after it; returns what the progress bar shows anew."""
+        embeddings = self._forward(batch.views)
+        losses = peer_losses(self.cfg, embeddings, self.ranks.group)
+        finite = _Finite([loss.loss for loss in losses])
+        for engine, loss in zip(self.engines, losses, strict=True):
+            engine.backward(loss.loss)
+        if not finite.wait():
+            self._stop_non_finite(batch, losses)
+        self._optimize(batch.step)
+        self.meters.add(self._scalars(losses))
+        return self._after(batch.step + 1, embeddings)
+
+    def _forward(self, views: list[Tensor]) -> list[Views]:
+        own = [views[2 * p : 2 * p + 2] if self.per_peer_views else views for p in range(len(self.engines))]
+        return [engine.embed(x, y) for engine, (x, y) in zip(self.engines, own, strict=True)]
+
+    def _optimize(self, step: int) -> None:
+        for engine, peer in zip(self.engines, self.cfg.peers, strict=True):
+            lr = learning_rate(peer.optimizer, step, steps=self.steps, steps_per_epoch=self.loader.steps_per_epoch)
+            set_learning_rate(engine.optimizer, lr)
+            engine.step()
+
+    # -- what is due after some steps ------------------------------------------------------------------------------
+
+    def _after(self, done: int, embeddings: list[Views]) -> dict[str, Any]:
+        last = done == self.steps
+
+        def due(every: int | None) -> bool:
+            return last or (every is not None and done % every == 0)
+
+        note = self._log(done, embeddings) if due(self.cfg.run.log_every_steps) else {}
+        evaluate, save = due(self.cfg.eval.knn.every_steps), due(self.cfg.run.save_every_steps)
+        if evaluate or save:
+            self.training.stop()
+            # In this order: a run cut between the two repeats the evaluation instead of missing it.
+            if evaluate:
+                self._evaluate(done)
+            if save:
+                self._save(done)
+            self.training.start()
+        return note
+
+    def _scalars(self, losses: list[PeerLoss]) -> dict[str, Tensor]:
+        values = {}
+        for engine, loss in zip(self.engines, losses, strict=True):
+            values[f"loss/{engine.name}"] = loss.loss.detach()
+            values.update({f"{term}/{engine.name}": value for term, value in loss.terms.items()})
+        return values
+
+    def _log(self, done: int, embeddings: list[Views]) -> dict[str, Any]:
+        row: dict[str, float] = {"epoch": done / self.loader.steps_per_epoch, **self.meters.read()}
+        for engine, (x, _) in zip(self.engines, embeddings, strict=True):
+            row.update({f"{key}/{engine.name}": float(v) for key, v in collapse_indicators(x).items()})
+            row[f"lr/{engine.name}"] = engine.optimizer.param_groups[0]["lr"]
+        row["images_per_s"] = self._rate(done)
+        row["skipped_images"] = len(self.loader.skipped)
+        self.recorder.write(done, row)
+        losses = "  ".join(f"loss {engine.name} {row[f'loss/{engine.name}']:.3f}" for engine in self.engines)
+        return {"rate": f"{row['images_per_s']:,.0f} images/s", "note": losses}
+
+    def _rate(self, done: int) -> float:
+        """Source images per second of training since the last call."""
+        (before, then), now = self.logged, self.training.read()
+        self.logged = (done, now)
+        return self.cfg.data.batch_size * (done - before) / max(now - then, 1e-9)
+
+    def _evaluate(self, done: int) -> None:
+        row = {}
+        for engine in self.engines:
+            average_buffers(engine.module, self.ranks.group)
+            row[f"knn/{engine.name}"] = self.knn.accuracy(engine.features)
+        if None not in row.values():
+            self.recorder.write(done, row)
+
+    def _save(self, done: int, folder: str = "checkpoints") -> Path:
+        progress = checkpoint.Progress(
+            step=done, images=self.loader.images, seconds=self.wall.read(), train_seconds=self.training.read()
+        )
+        path = checkpoint.save(self.folder / folder, progress, self.engines, self.cfg, self.ranks)
+        if self.ranks.is_first:
+            checkpoint.prune(path.parent, self.cfg.run.keep_checkpoints)
+        return path
+
+    def _stop_non_finite(self, batch: Batch, losses: list[PeerLoss]) -> None:
+        folder = self._save(batch.step, "non_finite")
+        replay = {"views": [view.cpu() for view in batch.views], "indices": batch.indices}
+        torch.save(replay, folder / f"batch.rank{self.ranks.rank}.pt")
+        barrier(self.ranks)
+        values = ", ".join(f"{e.name}: {loss.loss.item():g}" for e, loss in zip(self.engines, losses, strict=True))
+        raise NonFiniteLoss(
+            f"the loss of step {batch.step + 1} is not finite ({values}); the weights that gave it and their batch are "
+            f"in {folder}, where run.resume={folder} repeats it; a lower learning rate may help"
+        )
+
+    def _summarise(self) -> dict[str, Any]:
+        plot_run(self.folder)
+        return run_dir.write_summary(
+            self.folder, self.cfg, steps=self.steps, seconds=self.wall.read(), train_seconds=self.training.read()
+        )
+
+
+class _Finite:
+    """Whether losses are finite, read back while the GPU is busy.
+
+    The flag starts its way to the host before the backward passes are launched, and is waited for after: by then it has
+    long arrived, so the device never idles, and the optimizer is not launched on a loss that is not finite.
+    """
+
+    def __init__(self, losses: list[Tensor]) -> None:
+        flag = torch.stack([loss.detach().isfinite() for loss in losses]).all()
+        self._arrived = None
+        if flag.is_cuda:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._flag.copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._flag = flag
+
+    def wait(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._flag)
