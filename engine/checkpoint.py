@@ -71,7 +71,7 @@ def save(root: Path, progress: Progress, engines: list[PeerEngine], cfg: Config,
         weights = engine.weights()
         if ranks.is_first:
             # safetensors refuses tensors that share memory; `weights` cloned each, only the strides need settling
-            save_file({key: value.contiguous() for key, value in weights.items()}, _weights_file(partial, engine))
+            save_file({key: value.contiguous() for key, value in weights.items()}, weights_file(partial, engine.name))
         _save_plain(engine.optimizer_state(), _optimizer_file(partial, engine, ranks))
     _save_plain(_rng_state(), _rng_file(partial, ranks))
     barrier(ranks)
@@ -109,7 +109,7 @@ def load(folder: Path, engines: list[PeerEngine], cfg: Config, ranks: Ranks, *, 
             "restore the data, or give another run.output_dir for a new run"
         )
     for engine in engines:
-        engine.load_weights(_guarded(load_file, _weights_file(folder, engine)))
+        engine.load_weights(_guarded(load_file, weights_file(folder, engine.name)))
         engine.load_optimizer_state(_guarded(_load_plain, _optimizer_file(folder, engine, ranks)))
     _set_rng_state(_guarded(_load_plain, _rng_file(folder, ranks)))
     barrier(ranks)
@@ -128,8 +128,8 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def verified(folder: Path, cfg: Config, world: int) -> Progress:
-    """The progress stored in `folder`, after every check that needs no engine.
+def verified(folder: Path, cfg: Config, world: int | None) -> Progress:
+    """The progress stored in `folder`, after every check that needs no engine; `world` None takes any number of ranks.
 
     Raises CheckpointError: no such folder, no checkpoint of this project, a file that is missing, truncated or changed,
     another configuration, another number of ranks under ZeRO >= 1.
@@ -145,7 +145,7 @@ def verified(folder: Path, cfg: Config, world: int) -> Progress:
     for name, expected in files.items():
         _verify_file(folder / name, expected)
     _same_configuration(folder, saved, cfg)
-    if meta["world"] != world:
+    if world is not None and meta["world"] != world:
         raise CheckpointError(
             f"{folder}: written by {meta['world']} ranks, this run has {world}; "
             "optimizer and random states are stored per rank, so resume with the same number"
@@ -184,8 +184,9 @@ def changed_keys(saved: dict[str, Any], cfg: Config) -> list[str]:
     ]  # fmt: skip
 
 
-def _weights_file(folder: Path, engine: PeerEngine) -> Path:
-    return folder / f"peer_{engine.name}.safetensors"
+def weights_file(folder: Path, peer: str) -> Path:
+    """The safetensors file of a peer in a checkpoint."""
+    return folder / f"peer_{peer}.safetensors"
 
 
 def _optimizer_file(folder: Path, engine: PeerEngine, ranks: Ranks) -> Path:

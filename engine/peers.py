@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from safetensors import safe_open
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -81,7 +84,7 @@ def build_backbone(name: str, *, image_size: int, stem: str = "auto") -> tuple[n
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them, and wrn-DEPTH-WIDTH"
         raise ConfigError(f"backbone: {name!r} is unknown; {hint}")
     fixed = timm.get_pretrained_cfg(name)
-    size = {"img_size": image_size} if fixed is not None and fixed.fixed_input_size else {}
+    size: dict[str, Any] = {"img_size": image_size} if fixed is not None and fixed.fixed_input_size else {}
     backbone = timm.create_model(name, pretrained=False, num_classes=0, **size)
     if not isinstance(backbone, ResNet):
         if stem == "small":
@@ -91,15 +94,31 @@ def build_backbone(name: str, *, image_size: int, stem: str = "auto") -> tuple[n
     return backbone, _feature_width(name, backbone, image_size)
 
 
+def load_backbone(file: str | Path) -> nn.Module:
+    """A backbone that export.py wrote (format dogo), in evaluation mode: [N, 3, S, S] -> [N, width].
+
+    Raises ConfigError: a file without this project's metadata.
+    """
+    with safe_open(file, framework="pt") as stream:
+        facts = stream.metadata() or {}
+        weights = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118  no mapping
+    if not {"backbone", "stem", "image_size"} <= facts.keys():
+        raise ConfigError(f"{file}: holds no backbone of this project (no metadata)")
+    backbone, _ = build_backbone(facts["backbone"], image_size=int(facts["image_size"]), stem=facts["stem"])
+    backbone.load_state_dict(weights)
+    return backbone.eval()
+
+
 def _small_stem(resnet: ResNet) -> None:
     """3x3 stride 1 and no max-pool, in place of a stem that shrinks the image 4x (Chen et al. 2020, B.9)."""
-    first = resnet.conv1[0] if isinstance(resnet.conv1, nn.Sequential) else resnet.conv1
     if isinstance(resnet.conv1, nn.Sequential):
-        first.stride = (1, 1)  # the deep stems are three 3x3 convolutions already
+        first = resnet.conv1[0]  # the deep stems are three 3x3 convolutions already
+        assert isinstance(first, nn.Conv2d)
+        first.stride = (1, 1)
     else:
-        resnet.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
+        resnet.conv1 = nn.Conv2d(resnet.conv1.in_channels, resnet.conv1.out_channels, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
-    resnet.maxpool = nn.Identity()
+    setattr(resnet, "maxpool", nn.Identity())  # noqa: B010  timm declares a Sequential
 
 
 def _feature_width(name: str, backbone: nn.Module, image_size: int) -> int:

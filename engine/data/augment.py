@@ -115,8 +115,8 @@ class AugmentPolicy:
             own = np.clip(widths / heights, *self.crop_ratio)
             w = np.where(none, np.minimum(widths, np.rint(heights * own)), w)
             h = np.where(none, np.minimum(heights, np.rint(widths / own)), h)
-            left, top = np.where(none, 0.5, left), np.where(none, 0.5, top)
-        x, y = np.floor(left * (widths - w + 1)), np.floor(top * (heights - h + 1))
+        x = np.where(none, (widths - w) // 2, np.floor(left * (widths - w + 1)))
+        y = np.where(none, (heights - h) // 2, np.floor(top * (heights - h + 1)))
         return np.stack((x, y, w, h), axis=1).astype(np.int64)
 
     def apply(self, image: Image.Image, params: ViewParams, i: int) -> NDArray[np.uint8]:

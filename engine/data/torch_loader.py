@@ -119,7 +119,7 @@ def plain_images(
     workers: int,
     ranks: Ranks,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Unaugmented images in the order given, for evaluation: [c, 3, S, S], normalised, on the device; and their indices.
+    """Unaugmented images in the order given, for evaluation: [c, 3, S, S], normalised, on the device, and indices.
 
     c is `batch_size` but for the last; the indices [c], on the CPU, differ from those asked for where an image could
     not be read.

@@ -1,0 +1,1 @@
+"""Datasets and loaders: what is on disk becomes images, then views."""

@@ -1,0 +1,165 @@
+"""Exports a trained backbone as safetensors that timm or torchvision load, without this project.
+
+    python engine/export.py --run RUN_DIR --peer a --format timm|torchvision|dogo [--output FILE]
+
+timm         the file and, beside it, config.json: timm.create_model("local-dir:FOLDER") loads the two
+torchvision  torchvision.models.NAME(...).load_state_dict(load_file(FILE), strict=False): all but the classifier
+dogo         this project's WideResNets: engine.peers.load_backbone(FILE)
+
+A ResNet trained on small images has another stem than its library's; the command prints the two lines that fit it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a script: the repository's root in place of this folder, so that `engine` and `kernels` are this project's.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from safetensors.torch import load_file, save_file
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+from engine.config import Config, ConfigError, PeerConfig, load_config
+from engine.data.augment import build_policy
+from engine.data.catalog import NATIVE_SIZE
+from engine.peers import build_backbone
+
+FORMATS = ("timm", "torchvision", "dogo")
+
+# timm and torchvision name the layers of these alike.
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2",
+               "wide_resnet101_2")  # fmt: skip
+
+
+def export_backbone(run: Path, peer_name: str, form: str, output: Path | None = None) -> tuple[Path, list[str]]:
+    """Writes the newest checkpoint's backbone of one peer; returns the file and the lines that load it.
+
+    Raises ConfigError: no such peer or format, a backbone that the format does not know.  CheckpointError: no
+    checkpoint in the run, or a damaged one.
+    """
+    cfg = load_config(run / "config.yaml")
+    peer = _peer(cfg, peer_name)
+    if form not in FORMATS:
+        raise ConfigError(f"--format: {form!r} is unknown; allowed: {', '.join(FORMATS)}")
+    _check_format(peer, form)
+    size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
+    weights = _encoder_weights(run, cfg, peer)
+    backbone, width = build_backbone(peer.backbone, image_size=size, stem=peer.stem)
+    backbone.load_state_dict(weights, strict=True)  # what is exported is what this project would run
+    file = output or run / "export" / f"{peer.name}_{form}" / "model.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    mean, std = build_policy(cfg.data.augment, size).statistics
+    facts = {"backbone": peer.backbone, "stem": peer.stem, "image_size": str(size), "features": str(width),
+             "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
+    save_file(weights, file, metadata=facts)
+    if form == "timm":
+        (file.parent / "config.json").write_text(
+            json.dumps(_timm_config(peer, width, size, mean, std), indent=1) + "\n"
+        )
+    return file, _usage(form, peer, backbone, file)
+
+
+def _peer(cfg: Config, name: str) -> PeerConfig:
+    for peer in cfg.peers:
+        if peer.name == name:
+            return peer
+    raise ConfigError(f"--peer: {name!r} is not in this run; allowed: {', '.join(p.name for p in cfg.peers)}")
+
+
+def _check_format(peer: PeerConfig, form: str) -> None:
+    own = peer.backbone.startswith("wrn-")
+    if own and form != "dogo":
+        raise ConfigError(f"--format: {form} has no {peer.backbone}, which is this project's own; use --format dogo")
+    if form == "dogo" and not own:
+        raise ConfigError(f"--format: dogo is for this project's own backbones; {peer.backbone} is timm's: use timm")
+    if form == "torchvision" and peer.backbone not in TORCHVISION:
+        names = ", ".join(TORCHVISION)
+        raise ConfigError(f"--format: torchvision knows other layers than timm for {peer.backbone}; allowed: {names}")
+
+
+def _encoder_weights(run: Path, cfg: Config, peer: PeerConfig) -> dict[str, Tensor]:
+    folder = checkpoint.newest(run / "checkpoints")
+    if folder is None:
+        raise CheckpointError(f"{run / 'checkpoints'}: no complete checkpoint there; train the run first")
+    checkpoint.verified(folder, cfg, world=None)
+    weights = load_file(checkpoint.weights_file(folder, peer.name))
+    return {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith("encoder.")}
+
+
+def _timm_config(
+    peer: PeerConfig, width: int, size: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, object]:
+    """What timm reads beside a local model: architecture, no classifier, and how images are prepared."""
+    return {
+        "architecture": peer.backbone,
+        "num_classes": 0,
+        "num_features": width,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, size, size],
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+        },
+    }
+
+
+def _usage(form: str, peer: PeerConfig, backbone: nn.Module, file: Path) -> list[str]:
+    small = isinstance(backbone, ResNet) and isinstance(backbone.maxpool, nn.Identity)
+    if form == "dogo":
+        return ["from engine.peers import load_backbone", f'model = load_backbone("{file}")']
+    if form == "timm" and not small:
+        return ["import timm", f'model = timm.create_model("local-dir:{file.parent}", pretrained=True)']
+    create = (
+        f'model = timm.create_model("{peer.backbone}", num_classes=0)'
+        if form == "timm"
+        else f"model = torchvision.models.{peer.backbone}()"
+    )
+    lines = [f"import torch, {form}", "from safetensors.torch import load_file", create]
+    if small:
+        lines += _small_stem_lines(backbone)
+    if form == "torchvision":
+        lines.append("model.fc = torch.nn.Identity()")
+    return [*lines, f'model.load_state_dict(load_file("{file}"))']
+
+
+def _small_stem_lines(backbone: nn.Module) -> list[str]:
+    assert isinstance(backbone, ResNet)
+    stem = (
+        "model.conv1[0].stride = (1, 1)"
+        if isinstance(backbone.conv1, nn.Sequential)
+        else f"model.conv1 = torch.nn.Conv2d(3, {backbone.conv1.out_channels}, 3, 1, 1, bias=False)"
+    )
+    return [stem, "model.maxpool = torch.nn.Identity()"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Export a trained backbone as safetensors.")
+    parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR")
+    parser.add_argument("--peer", required=True, metavar="NAME", help="the peer's name, e.g. a")
+    parser.add_argument("--format", required=True, metavar="FORMAT", help=" | ".join(FORMATS))
+    parser.add_argument("--output", type=Path, metavar="FILE", help="RUN_DIR/export/PEER_FORMAT/model.safetensors")
+    arguments = parser.parse_args(argv)
+    try:
+        file, usage = export_backbone(arguments.run, arguments.peer, arguments.format, arguments.output)
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {file}; to load it:\n")
+    print("\n".join(f"    {line}" for line in usage))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Small data and configurations that several tests use."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.config import Config, parse_config
+from engine.distributed import Ranks
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(scope="session")
+def alone() -> Ranks:
+    return Ranks(rank=0, world=1, local_rank=0, device=torch.device("cpu"), group=None)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """48 images of 40 x 36 px in two classes that differ in their colours."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        kind = i % 2
+        pixels = rng.integers(0, 160, (36, 40, 3))
+        pixels[..., kind] += 95
+        (root / f"class{kind}").mkdir(exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{kind}" / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture
+def settings(image_folder, tmp_path) -> dict[str, Any]:
+    """A tiny run on `image_folder` as plain values; tests change what they are about."""
+    peer = {"backbone": "wrn-10-1", "projector": {"hidden": 16, "out": 8}, "optimizer": {"lr": 1e-3}}
+    return {
+        "run": {"output_dir": str(tmp_path / "run"), "steps": 4, "log_every_steps": 1},
+        "data": {"dataset": "folder", "root": str(image_folder), "image_size": 32, "batch_size": 16, "workers": 0},
+        "peers": [{"name": "a", **peer}, {"name": "b", **peer, "backbone": "wrn-10-2"}],
+        "eval": {"knn": {"k": 3}},
+    }
+
+
+@pytest.fixture
+def config(settings) -> Config:
+    return parse_config(settings)

@@ -1,0 +1,171 @@
+"""The stream of batches: a function of seed and step, whatever the workers and ranks."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.config import AugmentConfig
+from engine.data.augment import build_policy
+from engine.data.dataset import ArrayDataset, DataError, ImageDataset
+from engine.data.folder import open_folder
+from engine.data.torch_loader import TorchLoader, plain_images
+
+SIZE = 12
+
+
+def dataset(n=37, side=16) -> ArrayDataset:
+    images = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+    return ArrayDataset("random", images, np.arange(n) % 3)
+
+
+def loader(alone, data: ImageDataset | None = None, **changes) -> TorchLoader:
+    options = {"views": 4, "batch_size": 10, "seed": 1, "workers": 0, "ranks": alone, **changes}
+    return TorchLoader(data or dataset(), build_policy(AugmentConfig(), SIZE), **options)
+
+
+def stream(*arguments, start=0, stop=7, **changes) -> list[torch.Tensor]:
+    return [torch.stack(batch.views) for batch in loader(*arguments, **changes).batches(start, stop)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(alone, workers):
+    for ours, other in zip(stream(alone), stream(alone, workers=workers), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_share_the_batch_of_one(alone, world):
+    parts = [stream(dataclasses.replace(alone, rank=rank, world=world)) for rank in range(world)]
+    for step, whole in enumerate(stream(alone)):
+        torch.testing.assert_close(torch.cat([part[step] for part in parts], dim=1), whole, rtol=0, atol=0)
+
+
+def test_starting_later_gives_the_rest_of_the_same_stream(alone):
+    for ours, later in zip(stream(alone)[4:], stream(alone, start=4), strict=True):
+        torch.testing.assert_close(ours, later, rtol=0, atol=0)
+
+
+def test_an_epoch_holds_every_image_once_but_the_incomplete_batch(alone):
+    small = loader(alone)
+    assert (small.steps_per_epoch, small.images) == (3, 37)
+    indices = [batch.indices for batch in small.batches(0, 6)]
+    epochs = torch.cat(indices[:3]), torch.cat(indices[3:])
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 30
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_seeds_and_views_differ(alone):
+    views = stream(alone, stop=1)[0]
+    assert all((views[i] != views[j]).any() for i in range(4) for j in range(i))
+    assert (views != stream(alone, stop=1, seed=2)[0]).any()
+
+
+def test_batches_larger_than_a_chunk_keep_their_order(alone):
+    data = dataset(150)
+    whole = stream(alone, data, batch_size=130, stop=1)[0]
+    assert whole.shape == (4, 130, 3, SIZE, SIZE)
+    half = dataclasses.replace(alone, rank=1, world=2)
+    torch.testing.assert_close(stream(half, data, batch_size=130, stop=1)[0], whole[:, 65:], rtol=0, atol=0)
+
+
+def test_views_are_normalised_and_channels_last(alone):
+    white = ArrayDataset("white", np.full((4, 32, 32, 3), 255, np.uint8), None)
+    policy = build_policy(AugmentConfig(jitter=0.0), 32)
+    view = next(
+        iter(TorchLoader(white, policy, views=2, batch_size=4, seed=0, workers=0, ranks=alone).batches(0, 1))
+    ).views[1]
+    expected = (1 - torch.tensor((0.4914, 0.4822, 0.4465))) / torch.tensor((0.247, 0.243, 0.261))
+    torch.testing.assert_close(view.mean(dim=(0, 2, 3)), expected, rtol=1e-5, atol=1e-5)
+    assert view.dtype == torch.float32
+    assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_global_generators_are_left_alone(alone):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    stream(alone, workers=1, stop=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_too_few_images_and_ranks_that_do_not_divide(alone):
+    with pytest.raises(DataError, match="data.batch_size: 38 is more than the 37 readable images of random"):
+        loader(alone, batch_size=38)
+    with pytest.raises(DataError, match="data.batch_size: 10 does not divide by 3 ranks"):
+        loader(dataclasses.replace(alone, world=3))
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """20 photos, of which numbers 7 and 8 are cut in the middle of their pixels."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        path = tmp_path / f"{i:02d}.jpg"
+        Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(path)
+        if i in (7, 8):
+            path.write_bytes(path.read_bytes()[:-400])
+    return open_folder(tmp_path).train
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_image_is_skipped_reported_once_and_counted(alone, damaged, caplog, workers):
+    stale = loader(alone, damaged, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        batches = list(stale.batches(0, 4))  # two epochs
+    read = torch.cat([batch.indices for batch in batches]).tolist()
+    assert stale.skipped == {7, 8}
+    assert 7 not in read
+    assert 8 not in read
+    assert read.count(9) == 6, "in its own places and those of 7 and 8"
+    assert sum("07.jpg" in message for message in caplog.messages) == 1
+    assert sum("08.jpg" in message for message in caplog.messages) == 1
+
+
+def test_the_other_images_keep_their_views_beside_a_damaged_one(alone, damaged, tmp_path):
+    whole = [torch.stack(b.views) for b in loader(alone, damaged).batches(0, 2)]
+    indices = torch.cat([b.indices for b in loader(alone, damaged).batches(0, 2)])
+    (tmp_path / "07.jpg").write_bytes((tmp_path / "06.jpg").read_bytes())
+    mended = [torch.stack(b.views) for b in loader(alone, damaged).batches(0, 2)]
+    differs = (torch.cat(whole, 1) != torch.cat(mended, 1)).flatten(2).any(-1).any(0)
+    assert differs.sum() == 1
+    assert indices[differs].tolist() == [9]
+
+
+def test_data_that_cannot_be_read_at_all_is_an_error(alone, damaged, tmp_path):
+    for path in tmp_path.glob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(DataError, match="cannot be read"):
+        next(iter(loader(alone, damaged).batches(0, 1)))
+
+
+def test_plain_images_for_evaluation(alone):
+    data = dataset(11, side=32)
+    policy = build_policy(AugmentConfig(), 32)
+    parts = list(plain_images(data, np.array([3, 0, 10, 4, 4]), size=32, statistics=policy.statistics,
+                              batch_size=2, workers=0, ranks=alone))  # fmt: skip
+    assert [len(images) for images, _ in parts] == [2, 2, 1]
+    assert torch.cat([index for _, index in parts]).tolist() == [3, 0, 10, 4, 4]
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in policy.statistics)
+    pixels = torch.cat([images for images, _ in parts])[1] * std + mean
+    torch.testing.assert_close(
+        pixels, torch.from_numpy(data.images[0] / 255).permute(2, 0, 1).float(), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("shape", [(50, 30), (30, 50), (8, 9)])
+def test_plain_images_of_any_shape_are_cropped_at_the_centre(alone, shape):
+    image = np.zeros((1, *shape, 3), np.uint8)
+    image[0, shape[0] // 2 - 1 : shape[0] // 2 + 1, shape[1] // 2 - 1 : shape[1] // 2 + 1] = 255
+    data = ArrayDataset("one", image, None)
+    ((images, _),) = plain_images(data, np.array([0]), size=20, statistics=((0.0,) * 3, (1.0,) * 3),
+                                  batch_size=4, workers=0, ranks=alone)  # fmt: skip
+    assert images.shape == (1, 3, 20, 20)
+    weights = images[0, 0]
+    rows = (weights.sum(1) * torch.arange(20)).sum() / weights.sum()
+    columns = (weights.sum(0) * torch.arange(20)).sum() / weights.sum()
+    assert abs(rows - 9.5) < 1.3  # half a pixel of the source
+    assert abs(columns - 9.5) < 1.3

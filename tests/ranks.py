@@ -1,0 +1,54 @@
+"""Runs a function on several gloo ranks, each a fresh process, and returns what each gave."""
+
+import os
+import socket
+import traceback
+from multiprocessing.queues import Queue
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 300
+
+
+def run_ranks(function: Any, world: int, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` of a module's top level on every rank; results in rank order, by pickle through a queue."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = _free_port()
+    processes = [
+        context.Process(target=_one_rank, args=(function, rank, world, port, arguments, results))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        gathered = dict(results.get(timeout=TIMEOUT_S) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=30)
+            if process.is_alive():
+                process.kill()
+    failed = [text for kind, text in gathered.values() if kind == "error"]
+    assert not failed, "\n".join(failed)
+    return [gathered[rank][1] for rank in range(world)]
+
+
+def _one_rank(function: Any, rank: int, world: int, port: int, arguments: tuple, results: Queue) -> None:
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}.items():
+        os.environ[name] = str(value)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        outcome = ("result", function(*arguments))
+    except BaseException:
+        outcome = ("error", f"rank {rank}: {traceback.format_exc()}")
+    results.put((rank, outcome))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
