@@ -97,12 +97,11 @@ def _commit(partial: Path, final: Path, progress: Progress, cfg: Config, ranks: 
     shutil.rmtree(stale, ignore_errors=True)
 
 
-def load(folder: Path, engines: list[PeerEngine], cfg: Config, ranks: Ranks, *, images: int) -> Progress:
-    """Restores engines and random states from `folder`; called by all ranks together.
+def load(folder: Path, progress: Progress, engines: list[PeerEngine], ranks: Ranks, *, images: int) -> None:
+    """Restores engines and random states from a `folder` that `verified` gave `progress` of; called by all ranks.
 
-    Raises CheckpointError on every rank: see `verified`; a data set that no longer has as many images.
+    Raises CheckpointError: a data set that no longer has as many images, a file that is not what its name says.
     """
-    progress = first_rank_does(ranks, lambda: verified(folder, cfg, ranks.world))
     if progress.images != images:
         raise CheckpointError(
             f"{folder}: written with {progress.images} images in the data set, there are {images} now; "
@@ -113,7 +112,6 @@ def load(folder: Path, engines: list[PeerEngine], cfg: Config, ranks: Ranks, *, 
         engine.load_optimizer_state(_guarded(_load_plain, _optimizer_file(folder, engine, ranks)))
     _set_rng_state(_guarded(_load_plain, _rng_file(folder, ranks)))
     barrier(ranks)
-    return progress
 
 
 def newest(root: Path) -> Path | None:

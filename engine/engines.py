@@ -196,8 +196,11 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
 
     settings = deepspeed_config(cfg, ranks)
     engines = []
-    for peer_cfg in cfg.peers:
-        peer: nn.Module = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
+    for i, peer_cfg in enumerate(cfg.peers):
+        try:
+            peer: nn.Module = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
+        except ConfigError as error:
+            raise ConfigError(f"peers.{i}.{error}") from None
         if cfg.engine.sync_bn:
             peer = convert_sync_bn(peer, ranks)  # before initialize: afterwards DeepSpeed holds the old modules
         optimizer = build_optimizer(peer, peer_cfg.optimizer)

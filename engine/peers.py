@@ -129,7 +129,7 @@ def _feature_width(name: str, backbone: nn.Module, image_size: int) -> int:
             features = backbone.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:
         text = " ".join(str(error).split())
-        raise ConfigError(f"data.image_size: {name} does not take {image_size} px images ({text})") from None
+        raise ConfigError(f"backbone: {name} does not take data.image_size={image_size} ({text})") from None
     finally:
         backbone.train(training)
     if features.ndim != 2:

@@ -13,8 +13,8 @@ from engine.config import Config, ConfigError, save_config
 from engine.metrics import read_rows
 
 
-def prepare(cfg: Config, world: int) -> Path | None:
-    """Claims `run.output_dir` for this configuration and returns the checkpoint to resume from, if any.
+def resume_point(cfg: Config, world: int) -> tuple[Path, checkpoint.Progress] | None:
+    """The checkpoint to resume from and how far it is, or None for a run from the start; writes nothing.
 
     Raises ConfigError: the folder holds another run or files of no run.  CheckpointError: see `checkpoint.verified`.
     """
@@ -26,11 +26,13 @@ def prepare(cfg: Config, world: int) -> Path | None:
         source = checkpoint.newest(folder / "checkpoints")
     else:
         source = None if cfg.run.resume == "never" else Path(cfg.run.resume)
-    if source is not None:
-        checkpoint.verified(source, cfg, world)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(cfg, folder / "config.yaml")
-    return source
+    return None if source is None else (source, checkpoint.verified(source, cfg, world))
+
+
+def claim(cfg: Config) -> None:
+    """Makes `run.output_dir` this run's: its configuration stands in it from now on."""
+    cfg.run.output_dir.mkdir(parents=True, exist_ok=True)
+    save_config(cfg, cfg.run.output_dir / "config.yaml")
 
 
 def _holds_this_run(folder: Path, cfg: Config) -> bool:

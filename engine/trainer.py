@@ -36,7 +36,11 @@ class Trainer:
     def __init__(self, cfg: Config, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
         self.folder: Path = cfg.run.output_dir
+        # What needs no data comes first: a slip in the configuration must not cost a download.
+        self.resume_point = first_rank_does(ranks, lambda: run_dir.resume_point(cfg, ranks.world))
         size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
+        seed_everything(cfg.run.seed)
+        self.engines = build_engines(cfg, ranks, size)
         workers = min(cores_per_rank(), MAX_AUTO_WORKERS) if cfg.data.workers == "auto" else cfg.data.workers
         policy = build_policy(cfg.data.augment, size)
         dataset = open_dataset(cfg.data.dataset, cfg.data.root, "train")
@@ -48,9 +52,6 @@ class Trainer:
         )  # fmt: skip
         self.knn = KnnProbe(cfg.data.dataset, cfg.data.root, cfg.eval.knn, policy, workers=workers, ranks=ranks)
         self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.loader.steps_per_epoch
-        seed_everything(cfg.run.seed)
-        self.engines = build_engines(cfg, ranks, size)
-        self.resume_from = first_rank_does(ranks, lambda: run_dir.prepare(cfg, ranks.world))
         self.meters = Meters()
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -68,7 +69,8 @@ class Trainer:
             with progress_bar("training", enabled=self.ranks.is_first) as bar:
                 task = bar.add_task("", total=self.steps, completed=start, rate="", note="")
                 self.logged = (start, self.training.read())
-                self.training.start()
+                if start < self.steps:
+                    self.training.start()
                 for batch in self.loader.batches(start, self.steps):
                     note = self._step(batch)
                     bar.update(task, completed=batch.step + 1, **note)
@@ -77,12 +79,14 @@ class Trainer:
         return first_rank_does(self.ranks, self._summarise)
 
     def _resume(self) -> int:
-        """Restores the state and the clocks; returns the number of finished steps."""
+        """Claims the folder and restores state and clocks; returns the number of finished steps."""
         self.wall, self.training = Stopwatch(), Stopwatch()
         self.wall.start()
-        if self.resume_from is None:
+        first_rank_does(self.ranks, lambda: run_dir.claim(self.cfg))
+        if self.resume_point is None:
             return 0
-        progress = checkpoint.load(self.resume_from, self.engines, self.cfg, self.ranks, images=self.loader.images)
+        folder, progress = self.resume_point
+        checkpoint.load(folder, progress, self.engines, self.ranks, images=self.loader.images)
         self.wall.seconds, self.training.seconds = progress.seconds, progress.train_seconds
         return progress.step
 
@@ -126,7 +130,8 @@ class Trainer:
                 self._evaluate(done)
             if save:
                 self._save(done)
-            self.training.start()
+            if not last:
+                self.training.start()
         return note
 
     def _scalars(self, losses: list[PeerLoss]) -> dict[str, Tensor]:

@@ -28,15 +28,16 @@ def alone() -> Ranks:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """48 images of 40 x 36 px in two classes that differ in their colours."""
+    """48 images of 40 x 36 px, each a wave of its own, in two classes that differ in the waves' direction."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
+    y, x = np.mgrid[:36, :40]
     for i in range(48):
         kind = i % 2
-        pixels = rng.integers(0, 160, (36, 40, 3))
-        pixels[..., kind] += 95
+        wave = np.sin((y if kind else x) * rng.uniform(0.2, 1.5) + (x if kind else y) * rng.uniform(0, 0.2))
+        pixels = 128 + wave[..., None] * rng.uniform(20, 110, 3) + rng.normal(0, 5, (36, 40, 3))
         (root / f"class{kind}").mkdir(exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{kind}" / f"{i:03d}.png")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"class{kind}" / f"{i:03d}.png")
     return root
 
 

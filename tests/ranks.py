@@ -13,7 +13,7 @@ TIMEOUT_S = 300
 
 
 def run_ranks(function: Any, world: int, *arguments: Any) -> list[Any]:
-    """`function(*arguments)` of a module's top level on every rank; results in rank order, by pickle through a queue."""
+    """`function(*arguments)` of a module's top level on every rank; the results in rank order, through a queue."""
     context = mp.get_context("spawn")
     results = context.Queue()
     port = _free_port()

@@ -81,7 +81,8 @@ def test_kernels_know_nothing_of_the_engine():
 def test_nothing_happens_at_import():
     program = (
         # libraries first: what they do at import is theirs
-        "import random, sys, torch, timm, torchvision, torch.utils.tensorboard, rich.progress, filelock; torch.manual_seed(5); state = torch.get_rng_state(); random.seed(5);"
+        "import random, sys, torch, timm, torchvision, torch.utils.tensorboard, rich.progress, filelock;"
+        "torch.manual_seed(5); state = torch.get_rng_state(); random.seed(5);"
         f"python = random.getstate(); threads = torch.get_num_threads(); import {', '.join(ORDER)};"
         "assert torch.equal(state, torch.get_rng_state()) and python == random.getstate();"
         "assert threads == torch.get_num_threads() and not torch.cuda.is_initialized();"

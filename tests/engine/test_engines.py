@@ -15,8 +15,8 @@ from kernels.collectives import mean_over_ranks
 SIZE = 24
 
 
-# Smooth everywhere (SiLU, no ReLU in the projector): where a network has kinks, rounding moves single activations across
-# them and gradients jump by 1e-4 whatever the engine does.
+# Smooth everywhere (SiLU, no ReLU in the projector): where a network has kinks, rounding moves single activations
+# across them and gradients jump by 1e-4 whatever the engine does.
 SMOOTH = ("test_efficientnet", {"layers": 1, "out": 8})
 
 
@@ -76,7 +76,8 @@ def test_generated_configuration_is_what_the_method_needs(alone):
 
 def test_the_users_section_is_merged(alone):
     cfg = config(engine={"zero_stage": 1, "deepspeed": {
-        "gradient_clipping": 2.5, "zero_optimization": {"overlap_comm": False, "stage": 1}, "wall_clock_breakdown": True,
+        "gradient_clipping": 2.5, "wall_clock_breakdown": True,
+        "zero_optimization": {"overlap_comm": False, "stage": 1},
     }})  # fmt: skip
     settings = deepspeed_config(cfg, alone)
     assert settings["gradient_clipping"] == 2.5
@@ -87,7 +88,10 @@ def test_the_users_section_is_merged(alone):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"zero_optimization": {"stage": 3}}, r"engine.deepspeed.zero_optimization.stage: 3 contradicts .* 0 \(engine.zero_stage\)"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            r"engine.deepspeed.zero_optimization.stage: 3 contradicts .* 0 \(engine.zero_stage\)",
+        ),
         ({"train_batch_size": 32}, r"engine.deepspeed.train_batch_size: 32 contradicts .* 16 \(data.batch_size\)"),
         ({"train_micro_batch_size_per_gpu": 4}, "engine.deepspeed.train_micro_batch_size_per_gpu: 4 contradicts"),
         ({"gradient_accumulation_steps": 2}, "engine.deepspeed.gradient_accumulation_steps: 2 contradicts .*negatives"),
@@ -188,7 +192,9 @@ def test_ranks_are_exact_in_float64(world):
 
 def no_clipping() -> float:
     ranks = distributed.start()
-    cfg = config(engine={"precision": "fp32"}, optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0})
+    cfg = config(
+        engine={"precision": "fp32"}, optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    )
     distributed.seed_everything(0)
     engine = build_engines(cfg, ranks, SIZE)[0]
     before = engine.weights()

@@ -75,7 +75,7 @@ def test_any_timm_backbone_gives_its_pooled_features(name, size):
         ("wrn-16-0", {}, "WIDTH at least 1"),
         ("wrn-16-2", {"stem": "standard"}, "stem: wrn-16-2 has only the small-image stem"),
         ("mobilenetv3_small_100", {"stem": "small"}, "stem: small is for ResNets"),
-        ("vit_tiny_patch16_224", {"image_size": 8}, "data.image_size: vit_tiny_patch16_224 does not take 8 px"),
+        ("vit_tiny_patch16_224", {"image_size": 8}, "backbone: vit_tiny_patch16_224 does not take data.image_size=8"),
     ],
 )
 def test_bad_backbones_are_named(name, options, message):

@@ -1,0 +1,88 @@
+"""kNN: against a computation by loops, over ranks, with and without labels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+from engine import distributed, probe
+from engine.config import AugmentConfig, KnnConfig
+from engine.data.augment import build_policy
+from engine.data.dataset import ArrayDataset
+from engine.probe import KnnProbe, knn_accuracy
+
+
+def by_loops(bank, bank_labels, queries, query_labels, k, tau) -> float:
+    right = 0
+    for q, label in zip(queries, query_labels, strict=True):
+        similar = sorted(
+            ((float(q @ b / (q.norm() * b.norm())), int(c)) for b, c in zip(bank, bank_labels, strict=True)),
+            reverse=True,
+        )
+        votes: dict[int, float] = {}
+        for cosine, c in similar[:k]:
+            votes[c] = votes.get(c, 0.0) + math.exp(cosine / tau)
+        right += max(votes, key=lambda c: votes[c]) == int(label)
+    return right / len(queries)
+
+
+@pytest.mark.parametrize(("k", "tau"), [(1, 0.1), (7, 0.1), (20, 0.5), (500, 0.07)])
+def test_accuracy_is_the_definition(k, tau, monkeypatch):
+    monkeypatch.setattr(probe, "QUERY_CHUNK", 13)
+    torch.manual_seed(0)
+    bank_labels, query_labels = torch.randint(0, 5, (60,)), torch.randint(0, 5, (41,))
+    centres = torch.randn(5, 8)
+    bank = centres[bank_labels] + 1.5 * torch.randn(60, 8)
+    queries = centres[query_labels] + 1.5 * torch.randn(41, 8)
+    found = knn_accuracy(bank, bank_labels, queries, query_labels, k=k, tau=tau)
+    assert found == by_loops(bank, bank_labels, queries, query_labels, min(k, 60), tau)
+    assert 0.2 < found < 1.0
+
+
+def test_votes_survive_the_smallest_temperature():
+    z = torch.eye(3)
+    assert knn_accuracy(z, torch.arange(3), z, torch.arange(3), k=2, tau=1e-3) == 1.0
+
+
+def data(n: int, seed: int) -> ArrayDataset:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n)
+    images = rng.integers(0, 140, (n, 32, 32, 3))
+    images[np.arange(n), :, :, labels] += 2
+    return ArrayDataset(f"set{seed}", images.astype(np.uint8), labels)
+
+
+def accuracy_of_one_rank(bank: int | None) -> tuple[float | None, int]:
+    ranks = distributed.start()
+    probe.open_dataset = lambda name, root, split: data(70 if split == "bank" else 31, 0 if split == "bank" else 1)
+    policy = build_policy(AugmentConfig(), 32)
+    measured = KnnProbe("x", "x", KnnConfig(k=5, bank=bank), policy, workers=0, ranks=ranks)
+    calls = []
+
+    def features(images):
+        calls.append(len(images))
+        return torch.nn.functional.avg_pool2d(images, 16).flatten(1)
+
+    found = measured.accuracy(features)
+    distributed.stop()
+    return found, len(calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bank", [None, 20])
+def test_ranks_agree_with_one(bank):
+    ((alone, _),) = run_ranks(accuracy_of_one_rank, 1, bank)
+    every = run_ranks(accuracy_of_one_rank, 3, bank)
+    assert [found for found, _ in every] == [alone] * 3
+    assert len({calls for _, calls in every}) == 1, "ZeRO 3 needs as many forward passes on every rank"
+    assert 0.5 < alone < 1.0
+
+
+def test_data_without_labels_has_no_accuracy(alone, image_folder, tmp_path):
+    for i, path in enumerate(sorted(image_folder.glob("class0/*.png"))[:4]):
+        (tmp_path / f"{i}.png").write_bytes(path.read_bytes())
+    policy = build_policy(AugmentConfig(), 32)
+    measured = KnnProbe("folder", tmp_path, KnnConfig(), policy, workers=0, ranks=alone)
+    assert measured.accuracy(lambda images: images.flatten(1)) is None

@@ -1,0 +1,166 @@
+"""The loop over whole small runs: what it writes, that it learns, that ranks and views are as configured."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+from engine import distributed
+from engine.config import parse_config
+from engine.trainer import NonFiniteLoss, Trainer, _Finite
+
+
+def fit(plain: dict[str, Any]) -> dict[str, Any]:
+    ranks = distributed.start()
+    try:
+        return Trainer(parse_config(plain), ranks).fit()
+    finally:
+        distributed.stop()
+
+
+def rows(plain: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in open(f"{plain['run']['output_dir']}/metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_design_says(settings, tmp_path):
+    settings["run"]["save_every_steps"] = 2
+    settings["eval"]["knn"]["every_steps"] = 2
+    (summary,) = run_ranks(fit, 1, settings)
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "losses.png", "embeddings.png", "knn.png",
+        "summary.json",
+    }  # fmt: skip
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
+    by_step = {step: {} for step in range(5)}
+    for row in rows(settings):
+        by_step[row["step"]].update(row)
+    for step in range(1, 5):
+        row = by_step[step]
+        for peer in "ab":
+            assert row[f"loss/{peer}"] == pytest.approx(row[f"ntxent/{peer}"] + 0.39 * row[f"kl/{peer}"], rel=1e-6)
+            assert 0 < row[f"std/{peer}"] < 1.5
+            assert 1 <= row[f"rank/{peer}"] <= 8
+        assert row["images_per_s"] > 0
+        assert row["epoch"] == pytest.approx(step / 3)
+    assert [step for step in by_step if "knn/a" in by_step[step]] == [0, 2, 4]
+    assert summary["peers"]["a"] == {
+        "backbone": "wrn-10-1",
+        "knn_before": by_step[0]["knn/a"],
+        "knn_after": by_step[4]["knn/a"],
+    }
+    again = run_ranks(fit, 1, settings)[0]
+    assert again["seconds"] >= summary["seconds"]
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}, "a finished run resumes at its end"
+
+
+@pytest.mark.slow
+def test_training_lowers_the_loss_without_collapse(settings):
+    settings["run"]["steps"] = 60
+    settings["data"]["augment"] = {"crop_scale": [0.5, 1.0], "jitter": 0.0}
+    for peer in settings["peers"]:
+        peer["tau"] = 0.2
+    run_ranks(fit, 1, settings)
+    history = [row for row in rows(settings) if "loss/a" in row]
+    for peer in "ab":
+        losses = [row[f"ntxent/{peer}"] for row in history]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+        assert history[-1][f"std/{peer}"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", ["per_peer", "shared"])
+def test_two_ranks_train_as_one(settings, tmp_path, views):
+    settings["data"]["views"] = views
+    for world in (1, 2):
+        settings["run"]["output_dir"] = str(tmp_path / f"world{world}")
+        run_ranks(fit, world, settings)
+    histories = []
+    for world in (1, 2):
+        settings["run"]["output_dir"] = str(tmp_path / f"world{world}")
+        histories.append([[row["loss/a"], row["loss/b"]] for row in rows(settings) if "loss/a" in row])
+    np.testing.assert_allclose(histories[1], histories[0], rtol=2e-3)
+    np.testing.assert_allclose(histories[1][0], histories[0][0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_peer_trains_alone_and_epochs_count_steps(settings):
+    settings["peers"] = settings["peers"][:1]
+    settings["run"].update(steps=None, epochs=2)
+    summary = run_ranks(fit, 1, settings)[0]
+    assert summary["steps"] == 6
+    assert list(summary["peers"]) == ["a"]
+    assert not any("kl" in key for row in rows(settings) for key in row)
+
+
+def stop(plain: dict[str, Any]) -> tuple[str, list[bool]]:
+    """The error of a run that diverges, and whether the weights it left are finite."""
+    ranks = distributed.start()
+    trainer = Trainer(parse_config(plain), ranks)
+    try:
+        trainer.fit()
+    except NonFiniteLoss as error:
+        parameters = [p for engine in trainer.engines for p in engine.module.parameters()]
+        return str(error), [bool(p.isfinite().all()) for p in parameters]
+    finally:
+        distributed.stop()
+    return "", []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 2)])
+def test_a_non_finite_loss_stops_every_rank_before_the_optimizer(settings, tmp_path, world, stage):
+    settings["engine"] = {"zero_stage": stage}
+    # the second step of peer a overflows; peer b is sound, and its weights must not move either
+    settings["peers"][0]["optimizer"] = {"name": "sgd", "lr": 1e30, "momentum": 0.0}
+    settings["run"]["steps"] = 20
+    every = run_ranks(stop, world, settings)
+    for error, finite in every:
+        assert "is not finite (a: " in error
+        assert all(finite), "the optimizer saw it"
+    assert len({error for error, _ in every}) == 1
+    (folder,) = (tmp_path / "run" / "non_finite").iterdir()
+    step = int(folder.name.removeprefix("step_"))
+    batch = torch.load(folder / "batch.rank0.pt", weights_only=True)
+    assert len(batch["views"]) == 4
+    assert batch["views"][0].shape == (16 // world, 3, 32, 32)
+    # the replay: the same step fails again, from the saved state
+    settings["run"].update(resume=str(folder), output_dir=str(tmp_path / "replay"))
+    replayed = run_ranks(stop, world, settings)[0][0]
+    assert f"the loss of step {step + 1} is not finite" in replayed
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [((1.0, 2.0), True), ((1.0, math.nan), False), ((math.inf, 1.0), False)]
+)
+def test_finite(values, expected):
+    assert _Finite([torch.tensor(v, requires_grad=True) for v in values]).wait() is expected
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_but_its_own_flag():
+    """Forward, losses, flag and meters on the GPU under torch's guard against hidden synchronisation."""
+    from engine.metrics import Meters
+    from kernels import mutual_loss
+
+    z = [torch.randn(64, 32, device="cuda", requires_grad=True) for _ in range(4)]
+    meters = Meters()
+    mutual_loss(*z)  # first use may load libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            losses = mutual_loss(*z)
+            flag = _Finite([losses.loss_a, losses.loss_b])
+            (losses.loss_a + losses.loss_b).backward()
+            assert flag.wait()
+            meters.add({"loss": losses.loss_a})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(meters.read()["loss"])
