@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.config import ConfigError
 from kernels.collectives import gather_rows, world_size
 
 
@@ -80,6 +81,13 @@ def cores_per_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
+def rows_per_rank(batch_size: int, ranks: Ranks) -> int:
+    """Images of the global batch that each rank takes; raises ConfigError where they do not divide."""
+    if batch_size % ranks.world:
+        raise ConfigError(f"data.batch_size: {batch_size} does not divide by {ranks.world} ranks")
+    return batch_size // ranks.world
+
+
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and torch alike on every rank, so that all ranks build the same initial weights."""
     random.seed(seed)
@@ -107,6 +115,15 @@ def first_rank_does(ranks: Ranks, work: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
+    """What every rank passed, in rank order; small Python objects, not in a step."""
+    if ranks.group is None:
+        return [value]
+    values: list[Any] = [None] * ranks.world
+    dist.all_gather_object(values, value, group=ranks.group)
+    return values
 
 
 def average_buffers(module: nn.Module, group: dist.ProcessGroup | None) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from engine.config import Config, ConfigError
-from engine.distributed import Ranks, convert_sync_bn
+from engine.distributed import Ranks, convert_sync_bn, rows_per_rank
 from engine.optimizers import build_optimizer
 from engine.peers import build_peer
 
@@ -29,11 +29,11 @@ def precision_of(cfg: Config, device: torch.device) -> str:
 def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     """The DeepSpeed configuration of every peer: what this project needs, with `engine.deepspeed` merged in.
 
-    Raises ConfigError where the user's section contradicts the rest of the configuration.
+    Raises ConfigError where the user's section contradicts the rest of the configuration, or the batch does not divide.
     """
     generated: dict[str, Any] = {
         "train_batch_size": cfg.data.batch_size,
-        "train_micro_batch_size_per_gpu": cfg.data.batch_size // ranks.world,
+        "train_micro_batch_size_per_gpu": rows_per_rank(cfg.data.batch_size, ranks),
         # Accumulating would leave each micro-batch its own few negatives: another loss.
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": cfg.engine.zero_stage},
@@ -193,6 +193,7 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
     """The engines of all peers; every rank must have the same seed, so that all start from the same weights."""
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     settings = deepspeed_config(cfg, ranks)
     engines = []
@@ -208,7 +209,7 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
             engine, *_ = deepspeed.initialize(
                 model=peer, optimizer=optimizer, config=settings, dist_init_required=False
             )
-        except (DeepSpeedConfigError, ValidationError) as error:
+        except (DeepSpeedConfigError, ValidationError, ZeRORuntimeException) as error:
             raise ConfigError(f"engine.deepspeed: {' '.join(str(error).split())}") from None
         if cfg.engine.zero_stage == 0:
             # On two CPU cores too a WRN-10-1 training step takes half the time (122 against 251 ms, batch 128).

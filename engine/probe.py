@@ -19,7 +19,7 @@ from engine.config import KnnConfig
 from engine.data.augment import AugmentPolicy
 from engine.data.catalog import open_dataset
 from engine.data.dataset import ImageDataset
-from engine.data.torch_loader import plain_images
+from engine.data.torch_loader import SkippedImages, plain_images
 from engine.distributed import Ranks
 from kernels.collectives import gather_rows
 
@@ -58,9 +58,17 @@ class KnnProbe:
     """kNN accuracy of an encoder on a data set, the work shared by the ranks; None where there are no labels."""
 
     def __init__(
-        self, dataset: str, root: str | Path, cfg: KnnConfig, policy: AugmentPolicy, *, workers: int, ranks: Ranks
+        self,
+        dataset: str,
+        root: str | Path,
+        cfg: KnnConfig,
+        policy: AugmentPolicy,
+        *,
+        workers: int,
+        ranks: Ranks,
+        skipped: SkippedImages,
     ) -> None:
-        self.cfg, self.policy, self.workers, self.ranks = cfg, policy, workers, ranks
+        self.cfg, self.policy, self.workers, self.ranks, self.skipped = cfg, policy, workers, ranks, skipped
         self.bank = open_dataset(dataset, root, "bank")
         self.queries = open_dataset(dataset, root, "test")
 
@@ -83,7 +91,7 @@ class KnnProbe:
         parts, read = [], []
         for images, index in plain_images(
             dataset, own, size=self.policy.size, statistics=self.policy.statistics,
-            batch_size=FEATURE_BATCH, workers=self.workers, ranks=self.ranks,
+            batch_size=FEATURE_BATCH, workers=self.workers, ranks=self.ranks, skipped=self.skipped,
         ):  # fmt: skip
             parts.append(features(images))
             read.append(index)

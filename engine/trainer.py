@@ -12,7 +12,7 @@ from engine import checkpoint, run_dir
 from engine.config import Config
 from engine.data.augment import build_policy
 from engine.data.catalog import NATIVE_SIZE, open_dataset
-from engine.data.torch_loader import Batch, TorchLoader
+from engine.data.torch_loader import Batch, SkippedImages, TorchLoader
 from engine.distributed import Ranks, average_buffers, barrier, cores_per_rank, first_rank_does, seed_everything
 from engine.engines import build_engines
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
@@ -45,12 +45,18 @@ class Trainer:
         policy = build_policy(cfg.data.augment, size)
         dataset = open_dataset(cfg.data.dataset, cfg.data.root, "train")
         assert dataset is not None
+        self.skipped = SkippedImages(ranks)
+        self.rejected = len(dataset.rejected)
         self.per_peer_views = cfg.data.views == "per_peer"
         self.loader = TorchLoader(
             dataset, policy, views=2 * len(cfg.peers) if self.per_peer_views else 2,
             batch_size=cfg.data.batch_size, seed=cfg.run.seed, workers=workers, ranks=ranks,
+            skipped=self.skipped,
         )  # fmt: skip
-        self.knn = KnnProbe(cfg.data.dataset, cfg.data.root, cfg.eval.knn, policy, workers=workers, ranks=ranks)
+        self.knn = KnnProbe(
+            cfg.data.dataset, cfg.data.root, cfg.eval.knn, policy,
+            workers=workers, ranks=ranks, skipped=self.skipped,
+        )  # fmt: skip
         self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.loader.steps_per_epoch
         self.meters = Meters()
 
@@ -147,7 +153,8 @@ class Trainer:
             row.update({f"{key}/{engine.name}": float(v) for key, v in collapse_indicators(x).items()})
             row[f"lr/{engine.name}"] = engine.optimizer.param_groups[0]["lr"]
         row["images_per_s"] = self._rate(done)
-        row["skipped_images"] = len(self.loader.skipped)
+        self.skipped.share()
+        row["skipped_images"] = self.rejected + len(self.skipped)
         self.recorder.write(done, row)
         losses = "  ".join(f"loss {engine.name} {row[f'loss/{engine.name}']:.3f}" for engine in self.engines)
         return {"rate": f"{row['images_per_s']:,.0f} images/s", "note": losses}
@@ -163,6 +170,7 @@ class Trainer:
         for engine in self.engines:
             average_buffers(engine.module, self.ranks.group)
             row[f"knn/{engine.name}"] = self.knn.accuracy(engine.features)
+        self.skipped.share()
         if None not in row.values():
             self.recorder.write(done, row)
 

@@ -163,7 +163,7 @@ def _prepare(root: Path, folder: Path, sources: Sequence[Source], variant: Varia
             arrays = _read(source, root, variant)
             _check(arrays, variant)
         except DataError as error:
-            _log.warning("%s: %s", variant.name, error)
+            _log.warning("%s: %s; the next source is tried", variant.name, error)
             reasons.append(str(error))
             continue
         try:

@@ -45,10 +45,12 @@ class ImageDataset(ABC):
     Attributes:
         name: short, for logs, e.g. 'cifar10'.
         labels: int64 [len], or None where the data has no labels.
+        rejected: files left out when the dataset was listed, with the reason.
     """
 
     name: str
     labels: np.ndarray | None
+    rejected: Sequence[tuple[str, str]] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

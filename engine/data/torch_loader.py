@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.data.augment import AugmentPolicy, permutation, uniforms
 from engine.data.dataset import DataError, ImageDataset, UnreadableImage
-from engine.distributed import Ranks
+from engine.distributed import Ranks, gather_objects, rows_per_rank
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +50,39 @@ def readable_image(dataset: ImageDataset, index: int) -> tuple[Image.Image, int]
     raise DataError(f"{dataset.describe(index)} and the {MAX_SUBSTITUTIONS - 1} images after it cannot be read")
 
 
+class SkippedImages:
+    """Unreadable images met so far by any loader, with the reason: counted, and reported once over all ranks."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._known: dict[str, str] = {}
+        self._new: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def note(self, dataset: ImageDataset, wanted: Tensor, read: Tensor) -> None:
+        """Takes down the indices that others stand in for; local to this rank until `share`."""
+        for index in wanted[wanted != read].tolist():
+            name = dataset.describe(index)
+            if name not in self._known and name not in self._new:
+                self._new[name] = _reason(dataset, index)
+
+    def share(self) -> None:
+        """Brings the ranks to one list, and rank 0 reports what is new; called by all ranks together."""
+        for found in gather_objects(self._ranks, self._new):
+            for name, reason in found.items():
+                if name not in self._known:
+                    self._known[name] = reason
+                    if self._ranks.is_first:
+                        log.warning("skipped %s", reason)
+        self._new = {}
+
+
 class TorchLoader:
     """Draws V views of every image in a seeded, endless sequence of epochs; incomplete batches are dropped.
 
-    Raises DataError: fewer images than one global batch, a batch that does not divide by the ranks.
+    Raises DataError: fewer images than one global batch.  ConfigError: a batch that does not divide by the ranks.
     """
 
     def __init__(
@@ -66,9 +95,8 @@ class TorchLoader:
         seed: int,
         workers: int,
         ranks: Ranks,
+        skipped: SkippedImages,
     ) -> None:
-        if batch_size % ranks.world:
-            raise DataError(f"data.batch_size: {batch_size} does not divide by {ranks.world} ranks")
         if len(dataset) < batch_size:
             raise DataError(
                 f"data.batch_size: {batch_size} is more than the {len(dataset)} readable images of {dataset.name}; "
@@ -80,7 +108,7 @@ class TorchLoader:
         self.workers = workers
         self.images = len(dataset)
         self.steps_per_epoch = len(dataset) // batch_size
-        self.skipped: set[int] = set()
+        self.skipped = skipped
         self._chunks = _Chunks(dataset, policy, views, batch_size, seed, ranks)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -91,17 +119,11 @@ class TorchLoader:
         for step in range(start, stop):
             images, wanted, read = zip(*(next(parts) for _ in range(self._chunks.per_step)), strict=True)
             index = torch.cat(read)
-            self._report_skipped(torch.cat(wanted), index)
+            self.skipped.note(self.dataset, torch.cat(wanted), index)
             device_images = [chunk.to(self.ranks.device, non_blocking=True) for chunk in images]  # [V, c, S, S, 3]
             stacked = torch.cat(device_images, dim=1) if len(device_images) > 1 else device_images[0]
             views = [normalized(view, mean, std) for view in stacked]
             yield Batch(step, views, index)
-
-    def _report_skipped(self, wanted: Tensor, read: Tensor) -> None:
-        for index in wanted[wanted != read].tolist():
-            if index not in self.skipped:
-                self.skipped.add(index)
-                log.warning("skipped an unreadable image: %s", _reason(self.dataset, index))
 
 
 def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -118,6 +140,7 @@ def plain_images(
     batch_size: int,
     workers: int,
     ranks: Ranks,
+    skipped: SkippedImages,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Unaugmented images in the order given, for evaluation: [c, 3, S, S], normalised, on the device, and indices.
 
@@ -126,7 +149,8 @@ def plain_images(
     """
     mean, std = (torch.tensor(s, device=ranks.device).view(1, 3, 1, 1) * 255 for s in statistics)
     keys = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    for images, read in _workers(_PlainChunks(dataset, size), keys, workers, ranks):
+    for key, (images, read) in zip(keys, _workers(_PlainChunks(dataset, size), keys, workers, ranks), strict=True):
+        skipped.note(dataset, torch.from_numpy(key), read)
         yield normalized(images.to(ranks.device, non_blocking=True), mean, std), read
 
 
@@ -158,7 +182,7 @@ class _Chunks(Dataset):
     ) -> None:
         self.dataset, self.policy, self.views, self.seed = dataset, policy, views, seed
         self.batch_size = batch_size
-        self.rows = batch_size // ranks.world  # n
+        self.rows = rows_per_rank(batch_size, ranks)  # n
         self.first_row = ranks.rank * self.rows
         self.steps_per_epoch = len(dataset) // batch_size
         self.per_step = -(-self.rows // CHUNK)

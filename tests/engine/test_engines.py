@@ -9,6 +9,7 @@ from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.engines import build_engines, deepspeed_config
 from engine.objectives import peer_losses
+from engine.optimizers import set_learning_rate
 from engine.peers import build_peer
 from kernels.collectives import mean_over_ranks
 
@@ -57,6 +58,7 @@ def train(cfg, ranks, steps: int, engines=None) -> tuple[list, list[list[float]]
         for engine, loss in zip(engines, losses, strict=True):
             engine.backward(loss.loss)
         for engine in engines:
+            set_learning_rate(engine.optimizer, engine.optimizer.param_groups[0]["lr"] * 0.9)
             engine.step()
         history.append([loss.loss.item() for loss in losses])
     return engines, history

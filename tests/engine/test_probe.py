@@ -11,6 +11,7 @@ from engine import distributed, probe
 from engine.config import AugmentConfig, KnnConfig
 from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset
+from engine.data.torch_loader import SkippedImages
 from engine.probe import KnnProbe, knn_accuracy
 
 
@@ -58,7 +59,9 @@ def accuracy_of_one_rank(bank: int | None) -> tuple[float | None, int]:
     ranks = distributed.start()
     probe.open_dataset = lambda name, root, split: data(70 if split == "bank" else 31, 0 if split == "bank" else 1)
     policy = build_policy(AugmentConfig(), 32)
-    measured = KnnProbe("x", "x", KnnConfig(k=5, bank=bank), policy, workers=0, ranks=ranks)
+    measured = KnnProbe(
+        "x", "x", KnnConfig(k=5, bank=bank), policy, workers=0, ranks=ranks, skipped=SkippedImages(ranks)
+    )
     calls = []
 
     def features(images):
@@ -84,5 +87,5 @@ def test_data_without_labels_has_no_accuracy(alone, image_folder, tmp_path):
     for i, path in enumerate(sorted(image_folder.glob("class0/*.png"))[:4]):
         (tmp_path / f"{i}.png").write_bytes(path.read_bytes())
     policy = build_policy(AugmentConfig(), 32)
-    measured = KnnProbe("folder", tmp_path, KnnConfig(), policy, workers=0, ranks=alone)
+    measured = KnnProbe("folder", tmp_path, KnnConfig(), policy, workers=0, ranks=alone, skipped=SkippedImages(alone))
     assert measured.accuracy(lambda images: images.flatten(1)) is None

@@ -114,6 +114,14 @@ class TestBadInput:
             ),
             (["engine.deepspeed.amp.enabled=true"], ["engine.deepspeed: ", "AMP"]),
             (
+                ["engine.zero_stage=1", "engine.deepspeed.zero_optimization.no_such=1"],
+                ["engine.deepspeed: ", "no_such"],
+            ),
+            (
+                ["engine.zero_stage=2", "engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+                ["engine.deepspeed: ", "zero_force_ds_cpu_optimizer"],
+            ),
+            (
                 ["data.image_size=8", "peers.0.backbone=vit_tiny_patch16_224"],
                 ["peers.0.backbone: vit_tiny_patch16_224 does not take data.image_size=8"],
             ),

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 
-from engine.config import AugmentConfig
+from engine import distributed
+from engine.config import AugmentConfig, ConfigError
+from engine.data import torch_loader
 from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset, DataError, ImageDataset
 from engine.data.folder import open_folder
-from engine.data.torch_loader import TorchLoader, plain_images
+from engine.data.torch_loader import SkippedImages, TorchLoader, plain_images
 
 SIZE = 12
 
@@ -24,6 +27,7 @@ def dataset(n=37, side=16) -> ArrayDataset:
 
 def loader(alone, data: ImageDataset | None = None, **changes) -> TorchLoader:
     options = {"views": 4, "batch_size": 10, "seed": 1, "workers": 0, "ranks": alone, **changes}
+    options["skipped"] = SkippedImages(alone)
     return TorchLoader(data or dataset(), build_policy(AugmentConfig(), SIZE), **options)
 
 
@@ -76,9 +80,8 @@ def test_batches_larger_than_a_chunk_keep_their_order(alone):
 def test_views_are_normalised_and_channels_last(alone):
     white = ArrayDataset("white", np.full((4, 32, 32, 3), 255, np.uint8), None)
     policy = build_policy(AugmentConfig(jitter=0.0), 32)
-    view = next(
-        iter(TorchLoader(white, policy, views=2, batch_size=4, seed=0, workers=0, ranks=alone).batches(0, 1))
-    ).views[1]
+    options = {"views": 2, "batch_size": 4, "seed": 0, "workers": 0, "ranks": alone, "skipped": SkippedImages(alone)}
+    view = next(iter(TorchLoader(white, policy, **options).batches(0, 1))).views[1]
     expected = (1 - torch.tensor((0.4914, 0.4822, 0.4465))) / torch.tensor((0.247, 0.243, 0.261))
     torch.testing.assert_close(view.mean(dim=(0, 2, 3)), expected, rtol=1e-5, atol=1e-5)
     assert view.dtype == torch.float32
@@ -95,7 +98,7 @@ def test_the_global_generators_are_left_alone(alone):
 def test_too_few_images_and_ranks_that_do_not_divide(alone):
     with pytest.raises(DataError, match="data.batch_size: 38 is more than the 37 readable images of random"):
         loader(alone, batch_size=38)
-    with pytest.raises(DataError, match="data.batch_size: 10 does not divide by 3 ranks"):
+    with pytest.raises(ConfigError, match="data.batch_size: 10 does not divide by 3 ranks"):
         loader(dataclasses.replace(alone, world=3))
 
 
@@ -115,14 +118,38 @@ def damaged(tmp_path):
 def test_a_truncated_image_is_skipped_reported_once_and_counted(alone, damaged, caplog, workers):
     stale = loader(alone, damaged, workers=workers)
     with caplog.at_level(logging.WARNING):
-        batches = list(stale.batches(0, 4))  # two epochs
+        batches = []
+        for batch in stale.batches(0, 4):  # two epochs
+            batches.append(batch)
+            stale.skipped.share()
     read = torch.cat([batch.indices for batch in batches]).tolist()
-    assert stale.skipped == {7, 8}
+    assert len(stale.skipped) == 2
     assert 7 not in read
     assert 8 not in read
     assert read.count(9) == 6, "in its own places and those of 7 and 8"
     assert sum("07.jpg" in message for message in caplog.messages) == 1
     assert sum("08.jpg" in message for message in caplog.messages) == 1
+
+
+def share_of_one_rank(root: str) -> tuple[int, list[str]]:
+    """Two epochs with the images of `root` on this rank; how many were skipped, and what was reported."""
+    ranks = distributed.start()
+    messages: list[str] = []
+    torch_loader.log.warning = lambda text, *arguments: messages.append(text % arguments)
+    skipped = SkippedImages(ranks)
+    options = {"views": 2, "batch_size": 10, "seed": 1, "workers": 0, "ranks": ranks, "skipped": skipped}
+    for _ in TorchLoader(open_folder(root).train, build_policy(AugmentConfig(), SIZE), **options).batches(0, 4):
+        skipped.share()
+    distributed.stop()
+    return len(skipped), messages
+
+
+@pytest.mark.slow
+def test_ranks_report_a_truncated_image_once_together(damaged, tmp_path):
+    every = run_ranks(share_of_one_rank, 2, str(tmp_path))
+    assert [count for count, _ in every] == [2, 2]
+    assert every[1][1] == []
+    assert sorted(message.split(":")[0][-6:] for message in every[0][1]) == ["07.jpg", "08.jpg"]
 
 
 def test_the_other_images_keep_their_views_beside_a_damaged_one(alone, damaged, tmp_path):
@@ -146,7 +173,7 @@ def test_plain_images_for_evaluation(alone):
     data = dataset(11, side=32)
     policy = build_policy(AugmentConfig(), 32)
     parts = list(plain_images(data, np.array([3, 0, 10, 4, 4]), size=32, statistics=policy.statistics,
-                              batch_size=2, workers=0, ranks=alone))  # fmt: skip
+                              batch_size=2, workers=0, ranks=alone, skipped=SkippedImages(alone)))  # fmt: skip
     assert [len(images) for images, _ in parts] == [2, 2, 1]
     assert torch.cat([index for _, index in parts]).tolist() == [3, 0, 10, 4, 4]
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in policy.statistics)
@@ -162,7 +189,7 @@ def test_plain_images_of_any_shape_are_cropped_at_the_centre(alone, shape):
     image[0, shape[0] // 2 - 1 : shape[0] // 2 + 1, shape[1] // 2 - 1 : shape[1] // 2 + 1] = 255
     data = ArrayDataset("one", image, None)
     ((images, _),) = plain_images(data, np.array([0]), size=20, statistics=((0.0,) * 3, (1.0,) * 3),
-                                  batch_size=4, workers=0, ranks=alone)  # fmt: skip
+                                  batch_size=4, workers=0, ranks=alone, skipped=SkippedImages(alone))  # fmt: skip
     assert images.shape == (1, 3, 20, 20)
     weights = images[0, 0]
     rows = (weights.sum(1) * torch.arange(20)).sum() / weights.sum()
