@@ -20,18 +20,20 @@ def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.Opti
         return torch.optim.AdamW(groups, betas=cfg.betas, lr=cfg.lr, weight_decay=cfg.weight_decay)
     if cfg.name == "sgd":
         return torch.optim.SGD(groups, momentum=cfg.momentum, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    # You et al. 2017, arXiv 1708.03888; timm leaves parameters without weight decay unadapted, as SimCLR does.
+    # You et al. 2017, arXiv 1708.03888
     return Lars(groups, momentum=cfg.momentum, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 
 def parameter_groups(module: nn.Module, cfg: OptimizerConfig) -> list[dict]:
     """All parameters in one group, or [weights], [biases and norm layers without weight decay]."""
     exclude = cfg.name == "lars" if cfg.exclude_bias_and_norm is None else cfg.exclude_bias_and_norm
+    # timm's LARS adapts only what has weight decay: without this a weight_decay of 0 would turn it into SGD
+    adapt, plain = ({"always_adapt": True}, {"always_adapt": False}) if cfg.name == "lars" else ({}, {})
     if not exclude:
-        return [{"params": list(module.parameters())}]
+        return [{"params": list(module.parameters()), **adapt}]
     weights = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]
-    return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return [{"params": weights, **adapt}, {"params": others, "weight_decay": 0.0, **plain}]
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, *, steps: int, steps_per_epoch: int) -> float:

@@ -45,20 +45,22 @@ def test_biases_and_norms_are_excluded_where_asked(name, exclude, groups):
         }
 
 
-def test_lars_adapts_weights_and_leaves_biases_alone():
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_lars_adapts_weights_and_leaves_biases_alone(decay):
     module = network()
     before = {key: value.clone() for key, value in module.named_parameters()}
-    cfg = OptimizerConfig(name="lars", lr=0.5, weight_decay=0.1, momentum=0.0)
+    cfg = OptimizerConfig(name="lars", lr=0.5, weight_decay=decay, momentum=0.0)
     optimizer = build_optimizer(module, cfg)
     torch.manual_seed(1)
-    for p in module.parameters():
-        p.grad = torch.randn_like(p)
+    gradients = {key: torch.randn_like(p) for key, p in module.named_parameters()}
+    for key, p in module.named_parameters():
+        p.grad = gradients[key].clone()
     optimizer.step()
     for key, p in module.named_parameters():
-        w, g = before[key], p.grad
-        if p.ndim > 1:  # trust ratio 0.001 |w| / (|g| + 0.1 |w|), You et al. 2017
-            ratio = 0.001 * w.norm() / (g.norm() + 0.1 * w.norm())
-            expected = w - 0.5 * ratio * (g + 0.1 * w)
+        w, g = before[key], gradients[key]
+        if p.ndim > 1:  # trust ratio 0.001 |w| / (|g| + decay |w|), You et al. 2017
+            ratio = 0.001 * w.norm() / (g.norm() + decay * w.norm())
+            expected = w - 0.5 * ratio * (g + decay * w)
         else:
             expected = w - 0.5 * g
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-7)
