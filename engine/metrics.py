@@ -6,6 +6,7 @@ A meter stays on the device until a logging step reads all of them back at once;
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -71,7 +72,9 @@ class Recorder:
         if enabled:
             path = folder / "metrics.jsonl"
             kept = [row for row in read_rows(path) if row["step"] <= from_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))  # drops what the resumed run repeats
+            rewritten = folder / ".metrics.jsonl.partial"
+            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))  # drops what the resumed run repeats
+            os.replace(rewritten, path)
             self._file = path.open("a", buffering=1)
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
