@@ -2,11 +2,12 @@
 
     python engine/export.py --run RUN_DIR --peer a --format timm|torchvision|dogo [--output FILE]
 
-timm         the file and, beside it, config.json: timm.create_model("local-dir:FOLDER") loads the two
-torchvision  torchvision.models.NAME(...).load_state_dict(load_file(FILE), strict=False): all but the classifier
-dogo         this project's WideResNets: engine.peers.load_backbone(FILE)
+timm         any backbone but this project's own
+torchvision  the ResNets whose layers timm and torchvision name alike
+dogo         any backbone, loaded by engine.peers.load_backbone(FILE)
 
-A ResNet trained on small images has another stem than its library's; the command prints the two lines that fit it.
+The command prints the lines that load the file: a ResNet trained on small images has another stem than its library's,
+a transformer its own image size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from engine.checkpoint import CheckpointError
 from engine.config import Config, ConfigError, PeerConfig, load_config
 from engine.data.augment import build_policy
 from engine.data.catalog import NATIVE_SIZE
-from engine.peers import build_backbone
+from engine.peers import build_backbone, timm_arguments
 
 FORMATS = ("timm", "torchvision", "dogo")
 
@@ -61,11 +62,8 @@ def export_backbone(run: Path, peer_name: str, form: str, output: Path | None = 
     facts = {"backbone": peer.backbone, "stem": peer.stem, "image_size": str(size), "features": str(width),
              "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
     save_file(weights, file, metadata=facts)
-    if form == "timm":
-        (file.parent / "config.json").write_text(
-            json.dumps(_timm_config(peer, width, size, mean, std), indent=1) + "\n"
-        )
-    return file, _usage(form, peer, backbone, file)
+    images = f"# images: RGB in [0, 1], {size} x {size} px, minus the mean {list(mean)}, over {list(std)}"
+    return file, [*_usage(form, peer, backbone, file, size), images]
 
 
 def _peer(cfg: Config, name: str) -> PeerConfig:
@@ -76,11 +74,8 @@ def _peer(cfg: Config, name: str) -> PeerConfig:
 
 
 def _check_format(peer: PeerConfig, form: str) -> None:
-    own = peer.backbone.startswith("wrn-")
-    if own and form != "dogo":
+    if peer.backbone.startswith("wrn-") and form != "dogo":
         raise ConfigError(f"--format: {form} has no {peer.backbone}, which is this project's own; use --format dogo")
-    if form == "dogo" and not own:
-        raise ConfigError(f"--format: dogo is for this project's own backbones; {peer.backbone} is timm's: use timm")
     if form == "torchvision" and peer.backbone not in TORCHVISION:
         names = ", ".join(TORCHVISION)
         raise ConfigError(f"--format: torchvision knows other layers than timm for {peer.backbone}; allowed: {names}")
@@ -95,38 +90,16 @@ def _encoder_weights(run: Path, cfg: Config, peer: PeerConfig) -> dict[str, Tens
     return {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith("encoder.")}
 
 
-def _timm_config(
-    peer: PeerConfig, width: int, size: int, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, object]:
-    """What timm reads beside a local model: architecture, no classifier, and how images are prepared."""
-    return {
-        "architecture": peer.backbone,
-        "num_classes": 0,
-        "num_features": width,
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [3, size, size],
-            "mean": list(mean),
-            "std": list(std),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
-    }
-
-
-def _usage(form: str, peer: PeerConfig, backbone: nn.Module, file: Path) -> list[str]:
-    small = isinstance(backbone, ResNet) and isinstance(backbone.maxpool, nn.Identity)
+def _usage(form: str, peer: PeerConfig, backbone: nn.Module, file: Path, size: int) -> list[str]:
     if form == "dogo":
         return ["from engine.peers import load_backbone", f'model = load_backbone("{file}")']
-    if form == "timm" and not small:
-        return ["import timm", f'model = timm.create_model("local-dir:{file.parent}", pretrained=True)']
-    create = (
-        f'model = timm.create_model("{peer.backbone}", num_classes=0)'
-        if form == "timm"
-        else f"model = torchvision.models.{peer.backbone}()"
-    )
+    if form == "timm":
+        arguments = "".join(f", {key}={value}" for key, value in timm_arguments(peer.backbone, size).items())
+        create = f'model = timm.create_model("{peer.backbone}", num_classes=0{arguments})'
+    else:
+        create = f"model = torchvision.models.{peer.backbone}()"
     lines = [f"import torch, {form}", "from safetensors.torch import load_file", create]
-    if small:
+    if isinstance(backbone, ResNet) and isinstance(backbone.maxpool, nn.Identity):
         lines += _small_stem_lines(backbone)
     if form == "torchvision":
         lines.append("model.fc = torch.nn.Identity()")

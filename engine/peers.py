@@ -83,15 +83,19 @@ def build_backbone(name: str, *, image_size: int, stem: str = "auto") -> tuple[n
         )
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them, and wrn-DEPTH-WIDTH"
         raise ConfigError(f"backbone: {name!r} is unknown; {hint}")
-    fixed = timm.get_pretrained_cfg(name)
-    size: dict[str, Any] = {"img_size": image_size} if fixed is not None and fixed.fixed_input_size else {}
-    backbone = timm.create_model(name, pretrained=False, num_classes=0, **size)
+    backbone = timm.create_model(name, pretrained=False, num_classes=0, **timm_arguments(name, image_size))
     if not isinstance(backbone, ResNet):
         if stem == "small":
             raise ConfigError(f"stem: small is for ResNets; {name} keeps its own, so: auto or standard")
     elif stem == "small" or (stem == "auto" and image_size < SMALL_IMAGE_PX):
         _small_stem(backbone)
     return backbone, _feature_width(name, backbone, image_size)
+
+
+def timm_arguments(name: str, image_size: int) -> dict[str, Any]:
+    """What timm must be told beside the name: the image size, where the network is built for one (transformers)."""
+    cfg = timm.get_pretrained_cfg(name)
+    return {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
 
 
 def load_backbone(file: str | Path) -> nn.Module:

@@ -37,7 +37,8 @@ def images(size: int) -> torch.Tensor:
 def runs(tmp_path_factory, image_folder) -> dict:
     """Two short runs: small images (small stems, a WideResNet) and larger ones (standard stem, MobileNet)."""
     found = {}
-    for size, backbones in ((32, ("resnet18", "wrn-10-1", "resnet18d")), (112, ("resnet18", "mobilenetv3_small_050"))):
+    small, large = ("resnet18", "wrn-10-1", "resnet18d"), ("resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224")
+    for size, backbones in ((32, small), (112, large)):
         for i in range(0, len(backbones), 2):
             folder = tmp_path_factory.mktemp(f"export{size}_{i}") / "run"
             plain = {
@@ -70,7 +71,7 @@ def load_by_the_printed_lines(lines: list[str], size: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("size", "backbone", "form"),
     [(32, "resnet18", "timm"), (32, "resnet18", "torchvision"), (32, "resnet18d", "timm"), (112, "resnet18", "timm"),
-     (112, "resnet18", "torchvision"), (112, "mobilenetv3_small_050", "timm")],
+     (112, "resnet18", "torchvision"), (112, "mobilenetv3_small_050", "timm"), (112, "vit_tiny_patch16_224", "timm")],
 )  # fmt: skip
 def test_the_library_alone_gives_the_same_features(runs, size, backbone, form):
     run, peer, expected = runs[size, backbone]
@@ -87,8 +88,11 @@ def test_own_backbones_load_by_their_own_function(runs):
     with torch.no_grad():
         torch.testing.assert_close(load_backbone(file)(images(32)), expected, rtol=1e-4, atol=1e-5)
     assert lines[0] == "from engine.peers import load_backbone"
-    foreign, _ = export_backbone(*runs[32, "resnet18"][:2], "timm")
-    assert load_backbone(foreign)(images(32)).shape == (3, 512)
+    other, peer, expected = runs[112, "vit_tiny_patch16_224"]
+    with torch.no_grad():
+        vit = load_backbone(export_backbone(other, peer, "dogo")[0])(images(112))
+    torch.testing.assert_close(vit, expected, rtol=1e-4, atol=1e-5)
+    assert lines[-1].startswith("# images: RGB in [0, 1], 32 x 32 px, minus the mean [0.4914")
 
 
 @pytest.mark.slow
@@ -97,7 +101,6 @@ def test_own_backbones_load_by_their_own_function(runs):
     [
         ((32, "wrn-10-1"), "timm", "--format: timm has no wrn-10-1, which is this project's own; use --format dogo"),
         ((32, "resnet18"), "onnx", "--format: 'onnx' is unknown; allowed: timm, torchvision, dogo"),
-        ((32, "resnet18"), "dogo", "--format: dogo is for this project's own backbones"),
         ((112, "mobilenetv3_small_050"), "torchvision", "--format: torchvision knows other layers"),
     ],
 )
