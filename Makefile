@@ -18,7 +18,7 @@ $(STAMP): setup.py pyproject.toml
 	touch $@
 
 quickstart: setup  ## pre-trains two peers on real CIFAR-10, about 5 minutes on two CPU cores
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed engine/train.py --config configs/quickstart.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_accelerators 1 engine/train.py --config configs/quickstart.yaml
 
 test: setup  ## every test that this machine can run
 	$(BIN)/python -m pytest

@@ -19,6 +19,7 @@ setup(
         "pillow",
         "pydantic>=2.8",
         "omegaconf>=2.3",
+        "pyyaml",
         "safetensors",
         "filelock",
         "tensorboard",
@@ -28,6 +29,6 @@ setup(
     extras_require={
         "dali-cuda13": ["nvidia-dali-cuda130>=2.2"],
         "dali-cuda12": ["nvidia-dali-cuda120>=2.2"],
-        "dev": ["pytest>=8", "hypothesis", "ruff==0.17.5", "mypy==2.4.1"],
+        "dev": ["pytest>=8", "ruff==0.17.5", "mypy==2.4.1"],
     },
 )

@@ -27,8 +27,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from engine.batchnorm import average_buffers
 from engine.config import Config, differing_keys
-from engine.distributed import Ranks, average_buffers, barrier, first_rank_does
+from engine.distributed import Ranks, barrier, first_rank_does
 from engine.engines import PeerEngine
 
 FORMAT = 1
@@ -48,8 +49,8 @@ class Progress:
 
     step: int
     """Finished steps."""
-    images: int
-    """Images of the data set; with another number the epochs would run in another order."""
+    data: str
+    """Fingerprint of the data set; with other images the epochs would run in another order."""
     seconds: float
     """Wall time of the run."""
     train_seconds: float
@@ -97,16 +98,25 @@ def _commit(partial: Path, final: Path, progress: Progress, cfg: Config, ranks: 
     shutil.rmtree(stale, ignore_errors=True)
 
 
-def load(folder: Path, progress: Progress, engines: list[PeerEngine], ranks: Ranks, *, images: int) -> None:
-    """Restores engines and random states from a `folder` that `verified` gave `progress` of; called by all ranks.
-
-    Raises CheckpointError: a data set that no longer has as many images, a file that is not what its name says.
-    """
-    if progress.images != images:
+def check_fits(folder: Path, progress: Progress, *, steps: int, data: str) -> None:
+    """Raises CheckpointError: the run would end before this checkpoint, or the data set is another than its own."""
+    if progress.step > steps:
         raise CheckpointError(
-            f"{folder}: written with {progress.images} images in the data set, there are {images} now; "
+            f"{folder}: has {progress.step} steps behind it, and this run ends at {steps}; "
+            "give a run.steps (or run.epochs) of no less, or another run.output_dir"
+        )
+    if progress.data != data:
+        raise CheckpointError(
+            f"{folder}: made of another data set ({progress.data}; there is {data} now); "
             "restore the data, or give another run.output_dir for a new run"
         )
+
+
+def load(folder: Path, engines: list[PeerEngine], ranks: Ranks) -> None:
+    """Restores engines and random states from a `verified` folder; called by all ranks together.
+
+    Raises CheckpointError: a file that is not what its name says.
+    """
     for engine in engines:
         engine.load_weights(_guarded(load_file, weights_file(folder, engine.name)))
         engine.load_optimizer_state(_guarded(_load_plain, _optimizer_file(folder, engine, ranks)))
@@ -118,6 +128,14 @@ def newest(root: Path) -> Path | None:
     """The complete checkpoint of the highest step below `root`."""
     found = sorted(root.glob("step_[0-9]*")) if root.is_dir() else []
     return found[-1] if found else None
+
+
+def recover(root: Path) -> None:
+    """Puts back a checkpoint that a save of the same step had moved aside when it was cut."""
+    for stale in root.glob(".step_*.stale.partial") if root.is_dir() else []:
+        final = root / stale.name.removeprefix(".").removesuffix(".stale.partial")
+        if not final.exists():
+            os.replace(stale, final)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -212,22 +230,31 @@ def _guarded(read: Any, file: Path) -> Any:
         raise CheckpointError(f"{file}: cannot be read as part of a checkpoint ({reason})") from None
 
 
+def device_rng() -> dict[str, Any]:
+    """The random states that a forward pass draws from; no wait for the device."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_device_rng(state: dict[str, Any]) -> None:
+    """Takes what `device_rng` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 def _rng_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
+        **device_rng(),
         "python": [version, list(internal), gauss],
         "numpy": [kind, [int(k) for k in keys], position, has_gauss, cached],
     }
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    set_device_rng(state)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

@@ -51,6 +51,11 @@ class RunConfig(Section):
     resume: str = "auto"
     """auto: from the newest checkpoint in output_dir where there is one; never; or a checkpoint folder."""
 
+    @field_validator("output_dir")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()
+
     @model_validator(mode="after")
     def _one_length(self) -> RunConfig:
         if (self.epochs is None) == (self.steps is None):
@@ -101,9 +106,6 @@ class AugmentConfig(Section):
         return value
 
 
-DATASETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet", "folder")
-
-
 class DataConfig(Section):
     dataset: Literal["cifar10", "cifar100", "stl10", "tiny-imagenet", "folder"] = "cifar10"
     root: Path = Path("data")
@@ -146,7 +148,7 @@ class OptimizerConfig(Section):
     """Of adam and adamw."""
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_epochs: NonNegative = 0.0
-    """Epochs of linear warm-up from zero before the schedule."""
+    """Epochs of linear warm-up before the schedule: step i of w runs at lr (i + 1) / w."""
     exclude_bias_and_norm: bool | None = None
     """No weight decay (and no LARS adaptation) on biases and norm layers; left out: true for lars, else false."""
 
@@ -157,7 +159,8 @@ class PeerConfig(Section):
     backbone: str
     """wrn-DEPTH-WIDTH (DEPTH = 6n + 4) or any timm name."""
     stem: Literal["auto", "small", "standard"] = "auto"
-    """small: 3x3 stride 1 and no max-pool (ResNets); auto: small below 100 px for ResNets, else the backbone's own."""
+    """small: 3x3 stride 1 and no max-pool (ResNets); auto: small below 100 px for ResNets, else the backbone's own.
+    ResNets are timm's first version; ResNetV2 and others keep their own stem."""
     objective: Literal["simclr"] = "simclr"
     tau: Positive = 0.5
     """Temperature of NT-Xent."""

@@ -1,4 +1,4 @@
-"""Ranks, seeds and BatchNorm over ranks; the identity when this process is alone.
+"""Ranks, seeds, and work that ranks agree on; the identity when this process is alone.
 
 Ranks come from the launcher's environment (deepspeed, torchrun, or none).  gloo on a CPU, NCCL on a GPU.
 """
@@ -11,16 +11,13 @@ import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.config import ConfigError
-from kernels.collectives import gather_rows, world_size
 
 
 @dataclass(frozen=True)
@@ -103,18 +100,36 @@ def barrier(ranks: Ranks) -> None:
 
 def first_rank_does(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Runs `work` on rank 0 and hands its result to all; an exception there is raised on every rank."""
-    if ranks.group is None:
-        return work()
-    outcome: list[Any] = [None, None]
-    if ranks.is_first:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0, group=ranks.group, device=ranks.device)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    outcome: list[Any] = [_attempt(work) if ranks.is_first else None]
+    if ranks.group is not None:
+        dist.broadcast_object_list(outcome, src=0, group=ranks.group, device=ranks.device)
+    return _result(outcome[0])
+
+
+def everyone_does(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """Runs `work` on every rank; an exception on any of them is raised on all, so that none is left waiting."""
+    own = _attempt(work)
+    errors = gather_objects(ranks, own.error)
+    return _result(next((_Outcome(error=error) for error in errors if error is not None), own))
+
+
+class _Outcome(NamedTuple):
+    value: Any = None
+    error: Exception | None = None
+
+
+def _attempt(work: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(value=work())
+    except Exception as error:
+        error.on_every_rank = True  # type: ignore[attr-defined]  # whoever reports errors: once is enough
+        return _Outcome(error=error)
+
+
+def _result(outcome: _Outcome) -> Any:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
 
 
 def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
@@ -124,97 +139,6 @@ def gather_objects(ranks: Ranks, value: Any) -> list[Any]:
     values: list[Any] = [None] * ranks.world
     dist.all_gather_object(values, value, group=ranks.group)
     return values
-
-
-def average_buffers(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Makes floating-point buffers (BatchNorm's running statistics) equal on all ranks: their mean.
-
-    DeepSpeed never does.  A running mean is linear in what it averages, so averaging now does not change the average
-    taken later.
-    """
-    if world_size(group) == 1:
-        return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer, group=group)
-            buffer /= world_size(group)
-
-
-def convert_sync_bn(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """Every BatchNorm below `module` takes its statistics over all ranks; parameter names stay.
-
-    torch's SyncBatchNorm where there is a GPU, `GlobalBatchNorm` on a CPU, which torch's refuses.
-    """
-    if ranks.group is None:
-        return module
-    if ranks.device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # unlike torch's, keeps the activation of BatchNormAct2d
-
-        return cast(nn.Module, convert_sync_batchnorm(module, ranks.group))
-    return _replace_batchnorm(module, ranks.group)
-
-
-class GlobalBatchNorm(_BatchNorm):
-    """BatchNorm over all ranks of a group that differentiates through the all-reduce, on any device.
-
-    Every rank passes the same shape.  Means and variances of the ranks are combined exactly (Chan et al. 1983), so that
-    W ranks give what one rank gives on the whole batch.
-    """
-
-    def __init__(self, source: _BatchNorm, group: dist.ProcessGroup) -> None:
-        super().__init__(source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats)
-        self.weight, self.bias = source.weight, source.bias
-        self.running_mean, self.running_var = source.running_mean, source.running_var
-        self.num_batches_tracked = source.num_batches_tracked
-        self.group = group
-        # timm's BatchNormAct2d carries these; they hold no parameters that matter for the statistics.
-        self.drop = getattr(source, "drop", nn.Identity())
-        self.act = getattr(source, "act", nn.Identity())
-        self.train(source.training)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"BatchNorm expects [batch, channels, ...], found {list(input.shape)}")
-
-    def forward(self, input: Tensor) -> Tensor:  # [n, C, ...]
-        self._check_input_dim(input)
-        if not self.training:
-            return self.act(self.drop(super().forward(input)))
-        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        var, mean = torch.var_mean(x, dim=axes, correction=0)  # [C], of this rank
-        every = gather_rows(torch.stack((mean, var))[None], self.group)  # [W, 2, C]
-        mean = every[:, 0].mean(0)
-        var = every[:, 1].mean(0) + every[:, 0].var(0, correction=0)
-        if self.track_running_stats:
-            self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * world_size(self.group))
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        scale = torch.rsqrt(var + self.eps)
-        if self.affine:
-            scale = scale * self.weight
-        y = (x - mean.view(shape)) * scale.view(shape)
-        if self.affine:
-            y = y + self.bias.view(shape)
-        return self.act(self.drop(y.to(input.dtype)))
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-        unbiased = var * (count / max(count - 1, 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-
-
-def _replace_batchnorm(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    if isinstance(module, _BatchNorm):
-        return GlobalBatchNorm(module, group)
-    for name, child in module.named_children():
-        setattr(module, name, _replace_batchnorm(child, group))
-    return module
 
 
 def _share_cores() -> None:

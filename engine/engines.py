@@ -5,6 +5,7 @@ What DeepSpeed does not do for a pair of convnets is done here and nowhere else.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from engine.batchnorm import convert_sync_bn
 from engine.config import Config, ConfigError
-from engine.distributed import Ranks, convert_sync_bn, rows_per_rank
+from engine.distributed import Ranks, rows_per_rank
 from engine.optimizers import build_optimizer
 from engine.peers import build_peer
 
@@ -36,6 +38,8 @@ def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": rows_per_rank(cfg.data.batch_size, ranks),
         # Accumulating would leave each micro-batch its own few negatives: another loss.
         "gradient_accumulation_steps": 1,
+        # The losses are scaled for the mean over ranks (kernels/collectives.py).
+        "gradient_allreduce_op": "mean",
         "zero_optimization": {"stage": cfg.engine.zero_stage},
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
@@ -52,8 +56,22 @@ def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     for owned in ("optimizer", "scheduler"):
         if owned in cfg.engine.deepspeed:
             raise ConfigError(f"engine.deepspeed.{owned}: contradicts peers.*.optimizer, which sets it")
+    _refuse_typos(cfg.engine.deepspeed)
     _refuse_contradictions(cfg.engine.deepspeed, generated, "engine.deepspeed")
     return _merged(_merged(defaults, cfg.engine.deepspeed), generated)
+
+
+def _refuse_typos(given: Mapping[str, Any]) -> None:
+    """DeepSpeed ignores a key it does not know; one that nearly spells a known one is a slip."""
+    from deepspeed.runtime import constants
+
+    names = {value for value in vars(constants).values() if isinstance(value, str) and value.isidentifier()}
+    known = {*names, "zero_optimization", "zero_allow_untested_optimizer", "flops_profiler", "activation_checkpointing",
+             "tensorboard", "csv_monitor", "comms_logger", "aio", "compile", "zero_force_ds_cpu_optimizer"}  # fmt: skip
+    for key in given:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if near and key not in known:
+            raise ConfigError(f"engine.deepspeed.{key}: DeepSpeed has no such key; did you mean {near[0]}?")
 
 
 def _refuse_contradictions(given: Mapping[str, Any], generated: Mapping[str, Any], prefix: str) -> None:
@@ -74,6 +92,7 @@ def _refuse_contradictions(given: Mapping[str, Any], generated: Mapping[str, Any
 _SET_BY = {
     "train_batch_size": "data.batch_size",
     "train_micro_batch_size_per_gpu": "data.batch_size over the ranks",
+    "gradient_allreduce_op": "the losses are scaled for the mean over ranks",
     "gradient_accumulation_steps": "micro-batches would lose their negatives",
     "stage": "engine.zero_stage",
     "enabled": "engine.precision",

@@ -41,7 +41,7 @@ def learning_rate(cfg: OptimizerConfig, step: int, *, steps: int, steps_per_epoc
 
     A pure function of the step, so that a resumed run needs no schedule state.
     """
-    warmup = min(round(cfg.warmup_epochs * steps_per_epoch), steps)
+    warmup = round(cfg.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
     if cfg.schedule == "constant":

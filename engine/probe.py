@@ -24,7 +24,8 @@ from engine.distributed import Ranks
 from kernels.collectives import gather_rows
 
 QUERY_CHUNK = 1024  # queries at once: 1,024 x 50,000 cosines are 200 MB
-FEATURE_BATCH = 512  # images of a forward pass; 256 to 1,024 took the same time on two cores
+UNREADABLE = -1  # label of a row whose image cannot be read: it stays out of the score
+FEATURE_BATCH = 512  # images of a forward pass
 
 
 @torch.no_grad()
@@ -95,10 +96,12 @@ class KnnProbe:
         ):  # fmt: skip
             parts.append(features(images))
             read.append(index)
-        labels = torch.from_numpy(np.asarray(dataset.labels))[torch.cat(read)].to(self.ranks.device)
-        every, every_label = _gathered(torch.cat(parts), self.ranks.group), _gathered(labels, self.ranks.group)
+        labels = torch.from_numpy(np.where(own == torch.cat(read).numpy(), dataset.labels[own], UNREADABLE))
+        every, every_label = (
+            _gathered(rows, self.ranks.group) for rows in (torch.cat(parts), labels.to(self.ranks.device))
+        )
         # Rows stand rank by rank, padded; the padding is at the end of the last ranks.
-        keep = torch.arange(len(every), device=every.device) < count
+        keep = (torch.arange(len(every), device=every.device) < count) & (every_label != UNREADABLE)
         return every[keep], every_label[keep]
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint, run_dir
+from engine.batchnorm import average_buffers
 from engine.config import Config
 from engine.data.augment import build_policy
 from engine.data.catalog import NATIVE_SIZE, open_dataset
 from engine.data.torch_loader import Batch, SkippedImages, TorchLoader
-from engine.distributed import Ranks, average_buffers, barrier, cores_per_rank, first_rank_does, seed_everything
+from engine.distributed import Ranks, barrier, cores_per_rank, everyone_does, first_rank_does, seed_everything
 from engine.engines import build_engines
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
 from engine.objectives import PeerLoss, Views, peer_losses
@@ -24,7 +25,13 @@ MAX_AUTO_WORKERS = 8
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss that is not finite; the state before the optimizer saw it has been saved."""
+    """A loss that is not finite; the state that gave it has been saved, with the batch, to repeat the step.
+
+    Weights, optimizer and random states are those before the step; BatchNorm's running statistics, which training does
+    not read, have seen its batch.
+    """
+
+    on_every_rank = True
 
 
 class Trainer:
@@ -38,15 +45,19 @@ class Trainer:
         self.folder: Path = cfg.run.output_dir
         # What needs no data comes first: a slip in the configuration must not cost a download.
         self.resume_point = first_rank_does(ranks, lambda: run_dir.resume_point(cfg, ranks.world))
-        size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
         seed_everything(cfg.run.seed)
-        self.engines = build_engines(cfg, ranks, size)
+        self.size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
+        self.engines = everyone_does(ranks, lambda: build_engines(cfg, ranks, self.size))
+        everyone_does(ranks, self._open_data)
+        self.meters = Meters()
+
+    def _open_data(self) -> None:
+        cfg, ranks = self.cfg, self.ranks
         workers = min(cores_per_rank(), MAX_AUTO_WORKERS) if cfg.data.workers == "auto" else cfg.data.workers
-        policy = build_policy(cfg.data.augment, size)
+        policy = build_policy(cfg.data.augment, self.size)
         dataset = open_dataset(cfg.data.dataset, cfg.data.root, "train")
         assert dataset is not None
         self.skipped = SkippedImages(ranks)
-        self.rejected = len(dataset.rejected)
         self.per_peer_views = cfg.data.views == "per_peer"
         self.loader = TorchLoader(
             dataset, policy, views=2 * len(cfg.peers) if self.per_peer_views else 2,
@@ -57,8 +68,12 @@ class Trainer:
             cfg.data.dataset, cfg.data.root, cfg.eval.knn, policy,
             workers=workers, ranks=ranks, skipped=self.skipped,
         )  # fmt: skip
+        held = self.knn.queries.rejected if self.knn.queries is not None else ()
+        self.rejected = len({*dataset.rejected, *held})
         self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.loader.steps_per_epoch
-        self.meters = Meters()
+        if self.resume_point is not None:
+            checkpoint.check_fits(*self.resume_point, steps=self.steps, data=dataset.fingerprint())
+        self.data = dataset.fingerprint()
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -92,12 +107,13 @@ class Trainer:
         if self.resume_point is None:
             return 0
         folder, progress = self.resume_point
-        checkpoint.load(folder, progress, self.engines, self.ranks, images=self.loader.images)
+        checkpoint.load(folder, self.engines, self.ranks)
         self.wall.seconds, self.training.seconds = progress.seconds, progress.train_seconds
         return progress.step
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """One step and what is due after it; returns what the progress bar shows anew."""
+        self.rng = checkpoint.device_rng()
         embeddings = self._forward(batch.views)
         losses = peer_losses(self.cfg, embeddings, self.ranks.group)
         finite = _Finite([loss.loss for loss in losses])
@@ -176,7 +192,7 @@ class Trainer:
 
     def _save(self, done: int, folder: str = "checkpoints") -> Path:
         progress = checkpoint.Progress(
-            step=done, images=self.loader.images, seconds=self.wall.read(), train_seconds=self.training.read()
+            step=done, data=self.data, seconds=self.wall.read(), train_seconds=self.training.read()
         )
         path = checkpoint.save(self.folder / folder, progress, self.engines, self.cfg, self.ranks)
         if self.ranks.is_first:
@@ -184,6 +200,7 @@ class Trainer:
         return path
 
     def _stop_non_finite(self, batch: Batch, losses: list[PeerLoss]) -> None:
+        checkpoint.set_device_rng(self.rng)
         folder = self._save(batch.step, "non_finite")
         replay = {"views": [view.cpu() for view in batch.views], "indices": batch.indices}
         torch.save(replay, folder / f"batch.rank{self.ranks.rank}.pt")

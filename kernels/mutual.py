@@ -192,8 +192,8 @@ def _check_backend(backend: str) -> None:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: must be positive and finite, found {value}")
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: must be positive and finite, found {value!r}")
 
 
 def _check_reduction(kl_reduction: str) -> None:
@@ -202,8 +202,9 @@ def _check_reduction(kl_reduction: str) -> None:
 
 
 def _check_weights(weights: tuple[float, float]) -> None:
-    if len(weights) != 2 or not all(math.isfinite(w) and w >= 0 for w in weights):
-        raise ValueError(f"weights: two finite numbers >= 0 (one a peer), found {weights}")
+    pair = isinstance(weights, tuple | list) and len(weights) == 2
+    if not (pair and all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights)):
+        raise ValueError(f"weights: two finite numbers >= 0 (one a peer), found {weights!r}")
 
 
 def _check_views(group: dist.ProcessGroup | None, **views: Tensor) -> None:

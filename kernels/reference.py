@@ -27,7 +27,10 @@ KL_REDUCTIONS = ("batchmean", "mean")
 
 def normalize(x: Tensor) -> Tensor:
     """Rows of unit length, [n, D] -> [n, D]; a row of zeros stays zero, a non-finite row becomes NaN."""
-    return torch.nn.functional.normalize(x, dim=1, eps=1e-12)
+    # By the largest entry first: squares of float32 overflow from 1e19 and vanish below 1e-23.  The direction does not
+    # depend on the scale, so the scale is a constant to the gradient.
+    scale = x.detach().abs().amax(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(x / scale.where(scale != 0, torch.ones_like(scale)), dim=1)
 
 
 def cosines(x: Tensor, y: Tensor, x_all: Tensor, y_all: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A file imports only what stands above it.
 ORDER = [
     "kernels.collectives", "kernels.reference", "kernels.mutual", "kernels",
-    "engine.config", "engine.distributed",
+    "engine.config", "engine.distributed", "engine.batchnorm",
     "engine.data.dataset", "engine.data.download", "engine.data.cifar", "engine.data.stl10",
     "engine.data.tiny_imagenet", "engine.data.folder", "engine.data.catalog", "engine.data.augment",
     "engine.data.torch_loader",

@@ -1,6 +1,7 @@
 """What every source of images offers to the loaders: length, labels, one decoded image by its index."""
 
 import errno
+import hashlib
 import mmap
 import os
 from abc import ABC, abstractmethod
@@ -68,6 +69,10 @@ class ImageDataset(ABC):
     def describe(self, index: int) -> str:
         """Where this image comes from: a path, or 'cifar10[17]'."""
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Tells two sets of images apart by their number and names, not by their content."""
+
     @property
     @abstractmethod
     def num_classes(self) -> int | None:
@@ -105,6 +110,9 @@ class ArrayDataset(ImageDataset):
 
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+    def fingerprint(self) -> str:
+        return f"{self.name}, {len(self)} images"
 
     @property
     def num_classes(self) -> int | None:
@@ -176,6 +184,13 @@ class FileDataset(ImageDataset):
 
     def describe(self, index: int) -> str:
         return self.path(index)
+
+    def fingerprint(self) -> str:
+        paths = [self.path(index) for index in range(len(self))]
+        below = os.path.commonpath([os.path.dirname(path) for path in paths])  # the folder may be moved
+        names = "\0".join(os.path.relpath(path, below) for path in paths)
+        digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+        return f"{self.name}, {len(self)} images, names {digest}"
 
     @property
     def num_classes(self) -> int | None:

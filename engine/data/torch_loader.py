@@ -10,6 +10,7 @@ numbers -> views.  So the stream does not depend on workers or ranks, and resumi
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -28,7 +29,6 @@ from engine.distributed import Ranks, gather_objects, rows_per_rank
 log = logging.getLogger(__name__)
 
 CHUNK = 64  # images a worker makes at once: bounds latency and memory at 224 px, and is no slower than more at 32 px
-MAX_SUBSTITUTIONS = 100  # unreadable images in a row after which the data set, not an image, is at fault
 
 
 class Batch(NamedTuple):
@@ -40,14 +40,27 @@ class Batch(NamedTuple):
 
 
 def readable_image(dataset: ImageDataset, index: int) -> tuple[Image.Image, int]:
-    """The image as PIL RGB and its index; an unreadable one gives its place to the next that can be read."""
-    for candidate in range(index, index + MAX_SUBSTITUTIONS):
+    """The image as PIL RGB and its index; an unreadable one gives its place to another, always the same, that reads.
+
+    Raises DataError where the whole data set is unreadable.
+    """
+    n = len(dataset)
+    for candidate in ((index + k * _stride(n)) % n for k in range(n)):
         try:
-            image = dataset.image(candidate % len(dataset))
+            image = dataset.image(candidate)
         except UnreadableImage:
             continue
-        return (image if isinstance(image, Image.Image) else Image.fromarray(image)), candidate % len(dataset)
-    raise DataError(f"{dataset.describe(index)} and the {MAX_SUBSTITUTIONS - 1} images after it cannot be read")
+        return (image if isinstance(image, Image.Image) else Image.fromarray(image)), candidate
+    raise DataError(f"{dataset.name}: none of its {n} images can be read, as {dataset.describe(index)}")
+
+
+@lru_cache(maxsize=4)
+def _stride(n: int) -> int:
+    """Steps of this size visit all of n, and leave at once a neighbourhood that is damaged as a whole."""
+    stride = max(1, int(n * 0.618))
+    while math.gcd(stride, n) > 1:
+        stride += 1
+    return stride
 
 
 class SkippedImages:
@@ -115,7 +128,7 @@ class TorchLoader:
         """The batches of steps start ... stop - 1."""
         mean, std = (torch.tensor(s, device=self.ranks.device).view(1, 3, 1, 1) * 255 for s in self.policy.statistics)
         loader = _workers(self._chunks, self._chunks.keys(start, stop), self.workers, self.ranks)
-        parts = iter(loader)
+        parts = map(_received, loader)
         for step in range(start, stop):
             images, wanted, read = zip(*(next(parts) for _ in range(self._chunks.per_step)), strict=True)
             index = torch.cat(read)
@@ -149,7 +162,8 @@ def plain_images(
     """
     mean, std = (torch.tensor(s, device=ranks.device).view(1, 3, 1, 1) * 255 for s in statistics)
     keys = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    for key, (images, read) in zip(keys, _workers(_PlainChunks(dataset, size), keys, workers, ranks), strict=True):
+    loader = _workers(_PlainChunks(dataset, size), keys, workers, ranks)
+    for key, (images, read) in zip(keys, map(_received, loader), strict=True):
         skipped.note(dataset, torch.from_numpy(key), read)
         yield normalized(images.to(ranks.device, non_blocking=True), mean, std), read
 
@@ -174,6 +188,13 @@ def _workers(chunks: Dataset, keys: Any, workers: int, ranks: Ranks) -> DataLoad
     )
 
 
+def _received(item: Any) -> Any:
+    """What a worker made; it hands a DataError over as a value, as torch would bury its text in a traceback."""
+    if isinstance(item, DataError):
+        raise item
+    return item
+
+
 class _Chunks(Dataset):
     """(step, k) -> views of the k-th chunk of this rank's images, uint8 [V, c, S, S, 3]; indices wanted and read."""
 
@@ -190,8 +211,13 @@ class _Chunks(Dataset):
     def keys(self, start: int, stop: int) -> list[tuple[int, int]]:
         return [(step, k) for step in range(start, stop) for k in range(self.per_step)]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        step, k = key
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor] | DataError:
+        try:
+            return self._make(*key)
+        except DataError as error:
+            return error
+
+    def _make(self, step: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self.batch_size + self.first_row + k * CHUNK
         last = place * self.batch_size + self.first_row + min(self.rows, (k + 1) * CHUNK)
@@ -216,8 +242,11 @@ class _PlainChunks(Dataset):
     def __init__(self, dataset: ImageDataset, size: int) -> None:
         self.dataset, self.size = dataset, size
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        found = [readable_image(self.dataset, int(i)) for i in indices]
+    def __getitem__(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor] | DataError:
+        try:
+            found = [readable_image(self.dataset, int(i)) for i in indices]
+        except DataError as error:
+            return error
         images = np.stack([_center(image, self.size) for image, _ in found])
         return torch.from_numpy(images), torch.tensor([index for _, index in found])
 

@@ -116,7 +116,8 @@ class TestSaved:
         of_peers = {f"peer_{p}.{kind}" for p in "ab" for kind in ("safetensors", "optimizer.rank0.pt")}
         assert names == {"meta.json", "rng.rank0.pt"} | of_peers
         progress = verified(folder, parse_config(plain), 1)
-        assert (progress.step, progress.images) == (2, 48)
+        assert progress.step == 2
+        assert progress.data.startswith("folder, 48 images, names ")
         assert 0 < progress.train_seconds <= progress.seconds
         weights = load_file(folder / "peer_a.safetensors")
         assert weights["encoder.bn.num_batches_tracked"] == 4, "two views in two steps"
@@ -169,8 +170,19 @@ class TestSaved:
         shutil.copytree(image_folder, more)
         shutil.copy(more / "class0" / "000.png", more / "class0" / "900.png")
         plain = {**saved[0], "data": {**saved[0]["data"], "root": str(more)}}
-        with pytest.raises(AssertionError, match="written with 48 images in the data set, there are 49 now"):
-            run_ranks(tiny_run, 1, plain, {"output_dir": str(tmp_path / "new"), "resume": str(copy), "steps": 3})
+        changes = {"output_dir": str(tmp_path / "new"), "resume": str(copy), "steps": 3}
+        with pytest.raises(AssertionError, match=r"made of another data set \(folder, 48 images.*folder, 49 images"):
+            run_ranks(tiny_run, 1, plain, changes)
+        (more / "class0" / "900.png").unlink()
+        (more / "class0" / "000.png").rename(more / "class0" / "another.png")
+        with pytest.raises(AssertionError, match=r"made of another data set \(folder, 48 images.*folder, 48 images"):
+            run_ranks(tiny_run, 1, plain, changes)
+
+    def test_a_run_shorter_than_its_checkpoint_is_refused(self, saved, copy, tmp_path):
+        changes = {"output_dir": str(tmp_path / "new"), "resume": str(copy), "steps": 1}
+        with pytest.raises(AssertionError, match="has 2 steps behind it, and this run ends at 1; give a run.steps"):
+            run_ranks(tiny_run, 1, saved[0], changes)
+        assert not (tmp_path / "new").exists()
 
 
 class Trap:
@@ -192,23 +204,33 @@ def edit(folder: Path, **changes) -> None:
     (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
 
 
-def test_a_save_cut_anywhere_leaves_the_old_checkpoint(tmp_path, config, alone, monkeypatch):
-    """Every call that touches the disk fails once; what `newest` finds afterwards is always complete."""
+class Weights:
+    """Stands for an engine whose state is a tensor."""
 
-    class Weights:
-        name = "a"
-        module = torch.nn.BatchNorm1d(2)
+    name = "a"
+    module = torch.nn.BatchNorm1d(2)
 
-        def weights(self):
-            return {"w": torch.ones(3)}
+    def weights(self):
+        return {"w": torch.ones(3)}
 
-        def optimizer_state(self):
-            return {"step": 1}
+    def optimizer_state(self):
+        return {"step": 1}
 
-    def save(step):
-        progress = checkpoint.Progress(step=step, images=48, seconds=1.0, train_seconds=0.5)
+
+@pytest.fixture
+def stub(tmp_path, config, alone):
+    """A function that saves the checkpoint of a step into tmp_path."""
+
+    def save(step: int) -> Path:
+        progress = checkpoint.Progress(step=step, data="48 images", seconds=1.0, train_seconds=0.5)
         return checkpoint.save(tmp_path, progress, [Weights()], config, alone)
 
+    return save
+
+
+def test_a_save_cut_anywhere_leaves_the_old_checkpoint(tmp_path, config, stub, monkeypatch):
+    """Every call that touches the disk fails once; what `newest` finds afterwards is always complete."""
+    save = stub
     save(1)
     save(2)
     for place, name in (
@@ -239,6 +261,41 @@ def test_a_save_cut_anywhere_leaves_the_old_checkpoint(tmp_path, config, alone, 
     assert verified(tmp_path / "step_00000002", config, 1).step == 2
     prune(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_a_save_over_the_same_step_cut_between_its_two_moves_is_recovered(tmp_path, config, alone, stub, monkeypatch):
+    stub(5)
+    real, calls = os.replace, iter(range(9))
+
+    def cut(source, target):
+        if next(calls) == 1:
+            raise OSError("power cut")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(OSError, match="power cut"):
+        stub(5)
+    monkeypatch.setattr(os, "replace", real)
+    assert newest(tmp_path) is None
+    checkpoint.recover(tmp_path)
+    found = newest(tmp_path)
+    assert found is not None
+    assert verified(found, config, 1).step == 5
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, stub, monkeypatch):
+    events = []
+    real_sync, real_replace = os.fsync, os.replace
+    links = "/proc/self/fd"
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(Path(os.readlink(f"{links}/{fd}")).name), real_sync(fd))[1]
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), real_replace(a, b))[1])
+    folder = stub(1)
+    before = set(events[: events.index("replace")])
+    assert {path.name for path in folder.iterdir()} <= before
+    assert ".step_00000001.partial" in before
+    assert tmp_path.name in events[events.index("replace") :]
 
 
 def test_newest_of_nothing(tmp_path):

@@ -1,118 +1,58 @@
-"""Ranks: BatchNorm over all of them, buffers, work for one, and the environment."""
+"""Ranks: work for one, work for all, and the environment."""
 
 import dataclasses
 
 import pytest
 import torch
 from ranks import run_ranks
-from timm.layers import BatchNormAct2d
-from torch import nn
 
 from engine import distributed
-from engine.distributed import GlobalBatchNorm, convert_sync_bn, seed_everything
+from engine.distributed import seed_everything
 
 
-def network(dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    module = nn.Sequential(
-        nn.Conv2d(3, 6, 3), BatchNormAct2d(6), nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5, momentum=None),
-        nn.Flatten(), nn.Linear(5 * 16, 7), nn.BatchNorm1d(7, affine=False),
-    )  # fmt: skip
-    return module.to(dtype)
-
-
-def images(dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    # a mean far from zero and parts that differ: where E[x^2] - E[x]^2 would lose its digits
-    offsets = torch.linspace(40, 60, 12).view(12, 1, 1, 1)
-    return (torch.randn(12, 3, 8, 8, generator=generator) + offsets).to(dtype)
-
-
-def one_rank(world: int, dtype: torch.dtype) -> dict:
-    """Two training steps' worth of forward and backward on this rank's images, then an evaluation."""
-    ranks = distributed.start() if world > 1 else None
-    rank = ranks.rank if ranks else 0
-    module = convert_sync_bn(network(dtype), ranks) if ranks else network(dtype)
-    n = 12 // world
-    own = images(dtype)[rank * n : (rank + 1) * n].clone().requires_grad_()
-    module(own * 1.5)
-    out = module(own)
-    (out * torch.arange(7, dtype=dtype)).pow(2).mean().backward()
-    module.eval()
-    result = {
-        "out": out.detach().numpy(), "input_grad": own.grad.numpy(), "eval": module(own).detach().numpy(),
-        "grads": [p.grad.numpy() for p in module.parameters()], "keys": list(module.state_dict()),
-        "buffers": {k: v.numpy() for k, v in module.named_buffers()},
-    }  # fmt: skip
-    distributed.stop()
-    return result
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "dtype"), [(2, torch.float32), (3, torch.float64), (4, torch.float32)])
-def test_batchnorm_over_ranks_is_batchnorm_over_the_whole_batch(world, dtype):
-    whole = one_rank(1, dtype)
-    every = run_ranks(one_rank, world, world, dtype)
-    tolerance = {"rtol": 2e-4, "atol": 2e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
-
-    def close(found, wanted):
-        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted), **tolerance)
-
-    for key in ("out", "eval"):
-        close(torch.cat([torch.from_numpy(r[key]) for r in every]), whole[key])
-    # each rank back-propagates its own mean; the sum over ranks / W is the whole batch's
-    close(torch.cat([torch.from_numpy(r["input_grad"]) for r in every]) / world, whole["input_grad"])
-    for i, wanted in enumerate(whole["grads"]):
-        close(sum(torch.from_numpy(r["grads"][i]) for r in every) / world, wanted)
-    for r in every:
-        assert r["keys"] == whole["keys"], "a checkpoint must not know how many ranks wrote it"
-        for key, wanted in whole["buffers"].items():
-            close(r["buffers"][key], wanted)
-            assert (r["buffers"][key] == every[0]["buffers"][key]).all(), "running statistics are equal to the bit"
-
-
-def work_and_errors() -> tuple:
+def attempts() -> list[str]:
+    """What each kind of failing work raises on this rank."""
     ranks = distributed.start()
-    result = distributed.first_rank_does(ranks, lambda: {"from": ranks.rank})
-    try:
-        distributed.first_rank_does(ranks, lambda: (_ for _ in ()).throw(ValueError("only rank 0 saw it")))
-        message = ""
-    except ValueError as error:
-        message = str(error)
-    frozen = convert_sync_bn(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), ranks).eval()
+
+    def fails_on(bad: int) -> int:
+        if ranks.rank == bad:
+            raise ValueError(f"rank {bad} saw it")
+        return ranks.rank
+
+    told = [str(distributed.first_rank_does(ranks, lambda: 40 + ranks.rank))]
+    for attempt in (
+        lambda: distributed.first_rank_does(ranks, lambda: fails_on(0)),
+        lambda: distributed.everyone_does(ranks, lambda: fails_on(1)),
+        lambda: distributed.everyone_does(ranks, lambda: fails_on(5)),
+    ):
+        try:
+            told.append(str(attempt()))
+        except ValueError as error:
+            told.append(f"{error}, known to all: {error.on_every_rank}")
+    told.append(str(distributed.gather_objects(ranks, {"rank": ranks.rank})))
     distributed.stop()
-    return result, message, isinstance(frozen[1], GlobalBatchNorm) and not frozen[1].training
+    return told
 
 
 @pytest.mark.slow
-def test_work_of_one_rank_and_its_errors_reach_every_rank():
-    for result, message, converted in run_ranks(work_and_errors, 2):
-        assert result == {"from": 0}
-        assert message == "only rank 0 saw it"
-        assert converted
-
-
-def running_means() -> list[float]:
-    ranks = distributed.start()
-    module = nn.BatchNorm1d(3)
-    module.running_mean.fill_(float(ranks.rank))
-    distributed.average_buffers(module, ranks.group)
-    distributed.stop()
-    return module.running_mean.tolist()
-
-
-@pytest.mark.slow
-def test_running_statistics_are_averaged():
-    assert run_ranks(running_means, 3) == [[1.0] * 3] * 3
+def test_ranks_share_results_and_errors():
+    for rank, told in enumerate(run_ranks(attempts, 2)):
+        assert told == [
+            "40",
+            "rank 0 saw it, known to all: True",
+            "rank 1 saw it, known to all: True",
+            str(rank),
+            "[{'rank': 0}, {'rank': 1}]",
+        ]
 
 
 def test_alone_everything_is_the_identity(alone):
-    module = nn.Sequential(nn.BatchNorm1d(3))
-    assert convert_sync_bn(module, alone) is module
-    assert type(module[0]) is nn.BatchNorm1d
-    distributed.average_buffers(module, None)
     distributed.barrier(alone)
     assert distributed.first_rank_does(alone, lambda: 5) == 5
+    assert distributed.everyone_does(alone, lambda: 6) == 6
+    assert distributed.gather_objects(alone, 7) == [7]
+    with pytest.raises(KeyError):
+        distributed.everyone_does(alone, lambda: {}["x"])
 
 
 def test_same_seed_same_weights():

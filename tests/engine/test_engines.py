@@ -6,6 +6,7 @@ import torch
 from ranks import run_ranks
 
 from engine import distributed
+from engine.batchnorm import convert_sync_bn
 from engine.config import ConfigError, parse_config
 from engine.engines import build_engines, deepspeed_config
 from engine.objectives import peer_losses
@@ -74,6 +75,8 @@ def test_generated_configuration_is_what_the_method_needs(alone):
     assert settings["torch_autocast"]["enabled"] is True
     assert settings["bf16"]["enabled"] is settings["fp16"]["enabled"] is False
     assert settings["gradient_clipping"] == 0.0, "DeepSpeed's own default clips at 1"
+    assert settings["torch_autocast"]["lower_precision_safe_modules"] == [], "gradients travel in fp32"
+    assert settings["gradient_allreduce_op"] == "mean"
 
 
 def test_the_users_section_is_merged(alone):
@@ -102,6 +105,11 @@ def test_the_users_section_is_merged(alone):
         ({"torch_autocast": {"dtype": "float16"}}, "engine.deepspeed.torch_autocast.dtype: 'float16' contradicts"),
         ({"optimizer": {"type": "Adam"}}, r"engine.deepspeed.optimizer: contradicts peers.\*.optimizer"),
         ({"scheduler": {}}, "engine.deepspeed.scheduler: contradicts"),
+        (
+            {"gradient_allreduce_op": "sum"},
+            "engine.deepspeed.gradient_allreduce_op: 'sum' contradicts .* mean over ranks",
+        ),
+        ({"gradient_cliping": 1.0}, "engine.deepspeed.gradient_cliping: .* did you mean gradient_clipping?"),
         ({"zero_optimization": 2}, "engine.deepspeed.zero_optimization: found 2, a mapping is expected"),
     ],
 )
@@ -173,7 +181,7 @@ def exact_backward() -> list:
     ranks = distributed.start()
     distributed.seed_everything(0)
     cfg = config()
-    peers = [distributed.convert_sync_bn(build_peer(p, image_size=SIZE).double(), ranks) for p in cfg.peers]
+    peers = [convert_sync_bn(build_peer(p, image_size=SIZE).double(), ranks) for p in cfg.peers]
     views = [view.double() for view in batches(1, ranks)[0]]
     losses = peer_losses(cfg, [peers[0](*views[:2]), peers[1](*views[2:])], ranks.group)
     for loss in losses:

@@ -81,6 +81,12 @@ def test_warmup_then_cosine():
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
+def test_a_constant_rate_with_warmup_does_not_depend_on_the_length_of_the_run():
+    cfg = OptimizerConfig(lr=1.0, warmup_epochs=5.0)
+    short, long = ([learning_rate(cfg, step, steps=n, steps_per_epoch=2) for step in range(3)] for n in (3, 600))
+    assert short == long == pytest.approx([0.1, 0.2, 0.3])
+
+
 def test_setting_the_rate_reaches_every_group():
     optimizer = build_optimizer(network(), OptimizerConfig(name="lars"))
     set_learning_rate(optimizer, 0.25)

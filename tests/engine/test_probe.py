@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import run_ranks
 
 from engine import distributed, probe
@@ -81,6 +82,29 @@ def test_ranks_agree_with_one(bank):
     assert [found for found, _ in every] == [alone] * 3
     assert len({calls for _, calls in every}) == 1, "ZeRO 3 needs as many forward passes on every rank"
     assert 0.5 < alone < 1.0
+
+
+def test_unreadable_images_stay_out_of_the_score(alone, tmp_path, caplog):
+    """Three of eight queries are damaged: the score is that of the other five, each counted once."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 8)):
+        for i in range(count):
+            path = tmp_path / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 60, (32, 32, 3)).astype(np.uint8) + 150 * (i % 2)).save(path)
+            if split == "val" and i in (0, 2, 4):
+                path.write_bytes(path.read_bytes()[:-300])
+    policy = build_policy(AugmentConfig(), 32)
+    skipped = SkippedImages(alone)
+    measured = KnnProbe("folder", tmp_path, KnnConfig(k=1), policy, workers=0, ranks=alone, skipped=skipped)
+
+    def all_queries_look_like_b(images):
+        bright = (images.mean(dim=(1, 2, 3)) > 0).long()
+        return torch.eye(2)[bright if len(images) == 10 else torch.ones(len(images), dtype=torch.long)]
+
+    assert measured.accuracy(all_queries_look_like_b) == pytest.approx(4 / 5)
+    skipped.share()
+    assert len(skipped) == 3
 
 
 def test_data_without_labels_has_no_accuracy(alone, image_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Whose folder it is, where a run resumes, and its summary."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -32,10 +33,33 @@ def test_a_folder_of_other_files_is_left_alone(config):
     assert [path.name for path in config.run.output_dir.iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_is_no_folder(config):
-    config.run.output_dir.write_text("")
-    with pytest.raises(ConfigError, match="run.output_dir: .* is a file"):
+@pytest.mark.parametrize("content", ["", "- 1", "[", "text"])
+def test_a_folder_with_another_kind_of_config_is_left_alone(config, content):
+    config.run.output_dir.mkdir()
+    (config.run.output_dir / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match="run.output_dir: .* holds files but no run"):
         run_dir.resume_point(config, 1)
+
+
+def test_a_place_that_cannot_be_written_is_found_early(config, settings, monkeypatch):
+    config.run.output_dir.write_text("")
+    with pytest.raises(ConfigError, match="run.output_dir: .* cannot be written .*is a file"):
+        run_dir.resume_point(config, 1)
+    settings["run"]["output_dir"] = "/dev/null/x"
+    with pytest.raises(ConfigError, match="run.output_dir: /dev/null/x cannot be written"):
+        run_dir.resume_point(parse_config(settings), 1)
+    settings["run"]["output_dir"] = "/proc/run"  # exists, but takes no folders, not even root's
+    with pytest.raises(ConfigError, match="run.output_dir: /proc/run cannot be written"):
+        run_dir.claim(parse_config(settings))
+    monkeypatch.setattr(run_dir.os, "access", lambda path, mode: False)
+    settings["run"]["output_dir"] = "new"
+    with pytest.raises(ConfigError, match="run.output_dir: new cannot be written .no permission"):
+        run_dir.resume_point(parse_config(settings), 1)
+
+
+def test_the_home_folder_is_understood(settings):
+    settings["run"]["output_dir"] = "~/runs/x"
+    assert parse_config(settings).run.output_dir == Path.home() / "runs" / "x"
 
 
 def test_never_resume_does_not_overwrite(config, settings):
@@ -71,6 +95,15 @@ def test_summary_has_the_agreed_shape(config):
         "steps": 4, "seconds": 3.1, "images_per_s": 32.0, "skipped_images": 2,
     }  # fmt: skip
     assert "peer b (wrn-10-2): kNN 25.0% before, 45.0% after" in run_dir.describe_summary(summary)
+
+
+def test_a_run_from_another_folders_checkpoint_has_no_score_before(config):
+    folder = config.run.output_dir
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "knn/a": 0.5, "knn/b": 0.4}) + "\n")
+    summary = run_dir.write_summary(folder, config, steps=4, seconds=1.0, train_seconds=1.0)
+    assert summary["peers"]["a"]["knn_before"] is None
+    assert "peer a (wrn-10-1): kNN not measured before, 50.0% after" in run_dir.describe_summary(summary)
 
 
 def test_data_without_labels_has_null_scores(config):

@@ -87,6 +87,41 @@ def test_a_killed_run_resumes_to_the_same_weights(file, tmp_path):
     assert [row["step"] for row in rows if "loss/a" in row] == list(range(1, 13)), "each step once"
 
 
+@pytest.mark.slow
+def test_a_run_from_another_folders_checkpoint_and_a_run_that_is_finished(file, tmp_path):
+    assert train(file, "run.steps=2").returncode == 0
+    source = f"run.resume={tmp_path}/run/checkpoints/step_00000002"
+    # overrides may stand on both sides of --config, with dashes or without
+    command = [sys.executable, "engine/train.py", "--run.steps=3", "--config", str(file), source,
+               f"run.output_dir={tmp_path}/other"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "kNN not measured before" in done.stdout
+    again = train(file, "run.steps=2")
+    assert again.returncode == 0
+    assert again.stdout.startswith("this run was finished already: raise run.steps to go on, or remove ")
+    assert_one_line(train(file, "run.steps=1"), "has 2 steps behind it, and this run ends at 1")
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_alone_is_told(file, tmp_path):
+    """Rank 1's data folder is not there, as on a machine where it was not mounted."""
+    program = tmp_path / "rank1.py"
+    program.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv[0] = 'engine/train.py'\n"
+        "if os.environ['RANK'] == '1': sys.argv.append('data.root=/nowhere')\n"
+        "runpy.run_path('engine/train.py', run_name='__main__')\n"
+    )
+    command = [*deepspeed(2), str(program), "--config", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "/nowhere" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
 def assert_one_line(done: subprocess.CompletedProcess, *texts: str) -> None:
     assert done.returncode == 2, done.stderr + done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
 
-from engine import distributed
+import engine.trainer as trainer_module
+from engine import checkpoint, distributed
 from engine.config import parse_config
 from engine.trainer import NonFiniteLoss, Trainer, _Finite
 
@@ -87,6 +89,69 @@ def test_two_ranks_train_as_one(settings, tmp_path, views):
         histories.append([[row["loss/a"], row["loss/b"]] for row in rows(settings) if "loss/a" in row])
     np.testing.assert_allclose(histories[1], histories[0], rtol=2e-3)
     np.testing.assert_allclose(histories[1][0], histories[0][0], rtol=1e-5)
+
+
+def fit_without_sync_bn(plain: dict[str, Any]) -> list[dict[str, list]]:
+    """This rank's own running means just before they are averaged for saving, and what was saved."""
+    ranks = distributed.start()
+    trainer = Trainer(parse_config({**plain, "engine": {"sync_bn": False}}), ranks)
+    own: list[list] = []
+    average = checkpoint.average_buffers
+
+    def watched(module, group):
+        own.append(module.encoder.bn.running_mean.tolist())
+        average(module, group)
+
+    checkpoint.average_buffers = watched
+    trainer_module.average_buffers = lambda module, group: None  # the evaluation's own would come first
+    trainer.fit()
+    distributed.stop()
+    return own
+
+
+@pytest.mark.slow
+def test_buffers_of_ranks_that_do_not_share_batchnorm_are_averaged_before_saving(settings, tmp_path):
+    every = run_ranks(fit_without_sync_bn, 2, settings)
+    for i, peer in enumerate("ab"):
+        one, other = (np.array(own[i]) for own in every)
+        assert np.abs(one - other).max() > 1e-4, "the ranks saw other images"
+        saved = load_file(tmp_path / "run/checkpoints/step_00000004" / f"peer_{peer}.safetensors")
+        np.testing.assert_allclose(saved["encoder.bn.running_mean"], (one + other) / 2, rtol=1e-5, atol=1e-7)
+
+
+def evaluate_without_sync_bn(plain: dict[str, Any]) -> list[float]:
+    """The running mean of peer a in the last evaluation's first forward pass, on this rank."""
+    ranks = distributed.start()
+    trainer = Trainer(parse_config({**plain, "engine": {"sync_bn": False}}), ranks)
+    seen: list[list[float]] = []
+    accuracy = trainer.knn.accuracy
+
+    def watched(features):
+        seen.append(trainer.engines[0].module.encoder.bn.running_mean.tolist())
+        return accuracy(features)
+
+    trainer.knn.accuracy = watched
+    trainer.fit()
+    distributed.stop()
+    return seen[-2]
+
+
+@pytest.mark.slow
+def test_buffers_are_equal_on_all_ranks_when_evaluated(settings):
+    one, other = run_ranks(evaluate_without_sync_bn, 2, settings)
+    assert one == other
+
+
+@pytest.mark.slow
+def test_the_learning_rate_follows_its_schedule(settings):
+    settings["run"]["steps"] = 6
+    settings["peers"][0]["optimizer"] = {"lr": 1e-2, "schedule": "cosine", "warmup_epochs": 1}
+    settings["engine"] = {"zero_stage": 1}
+    run_ranks(fit, 1, settings)
+    rates = [(row["lr/a"], row["lr/b"]) for row in rows(settings) if "lr/a" in row]
+    # 3 steps an epoch: warm-up, then half a cosine over the other three
+    expected = [1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 7.5e-3, 2.5e-3]
+    np.testing.assert_allclose(rates, [(rate, 1e-3) for rate in expected], rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -139,6 +139,27 @@ def test_a_non_finite_embedding_gives_a_non_finite_loss(bad):
     assert ntxent_loss(*inputs[2:]).isfinite()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e12, 1e30])
+def test_the_scale_of_embeddings_does_not_matter(scale):
+    """Squares of float32 overflow or vanish at all of these but 1e12; directions do not."""
+    exact = [*embeddings(9, 6, 16), *embeddings(9, 4, 17)]
+    scaled = [(z.detach() * scale).float().requires_grad_() for z in exact]
+    wanted, found = mutual_loss(*exact), mutual_loss(*scaled)
+    torch.testing.assert_close(found.loss_a.double(), wanted.loss_a, rtol=1e-5, atol=0)
+    wanted_gradient = torch.autograd.grad(wanted.loss_a, exact[0])[0]
+    gradient = torch.autograd.grad(found.loss_a, scaled[0])[0].double() * scale
+    assert (gradient - wanted_gradient).norm() < 1e-4 * wanted_gradient.norm()
+
+
+def test_a_row_of_zeros_stays_finite():
+    inputs = [z.detach().float().requires_grad_() for z in (*embeddings(6, 4, 18), *embeddings(6, 4, 19))]
+    with torch.no_grad():
+        inputs[0][2] = 0
+    loss = mutual_loss(*inputs).loss_a
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, inputs[0])[0].isfinite().all()
+
+
 @pytest.mark.slow
 def test_compiles_without_graph_breaks():
     inputs = [*embeddings(6, 4, 14), *embeddings(6, 5, 15)]
@@ -215,6 +236,9 @@ def test_bad_views_are_named(arguments, message):
         ({"kl_reduction": "sum"}, "kl_reduction: 'sum' is unknown; allowed: batchmean, mean"),
         ({"backend": "cuda"}, "backend: 'cuda' is unknown; allowed: auto, torch"),
         ({"weights": (1.0,)}, "weights: two finite numbers"),
+        ({"weights": 1.0}, "weights: two finite numbers"),
+        ({"tau_contrast": "warm"}, "tau_contrast: must be positive and finite, found 'warm'"),
+        ({"tau_distill": None}, "tau_distill: must be positive"),
         ({"weights": (1.0, float("inf"))}, "weights: two finite numbers"),
     ],
 )

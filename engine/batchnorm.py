@@ -1,0 +1,104 @@
+"""BatchNorm over all ranks, on GPUs and CPUs, and buffers that are equal on all of them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.distributed import Ranks
+from kernels.collectives import gather_rows, world_size
+
+
+def average_buffers(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Makes floating-point buffers (BatchNorm's running statistics) equal on all ranks: their mean.
+
+    DeepSpeed never does.  A running mean is linear in what it averages, so averaging now does not change the average
+    taken later.
+    """
+    if world_size(group) == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer, group=group)
+            buffer /= world_size(group)
+
+
+def convert_sync_bn(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """Every BatchNorm below `module` takes its statistics over all ranks; parameter names stay.
+
+    torch's SyncBatchNorm where there is a GPU, `GlobalBatchNorm` on a CPU, which torch's refuses.
+    """
+    if ranks.group is None:
+        return module
+    if ranks.device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm  # unlike torch's, keeps the activation of BatchNormAct2d
+
+        return cast(nn.Module, convert_sync_batchnorm(module, ranks.group))
+    return _replace_batchnorm(module, ranks.group)
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """BatchNorm over all ranks of a group that differentiates through the all-reduce, on any device.
+
+    Every rank passes the same shape.  Means and variances of the ranks are combined exactly (Chan et al. 1983), so that
+    W ranks give what one rank gives on the whole batch.
+    """
+
+    def __init__(self, source: _BatchNorm, group: dist.ProcessGroup) -> None:
+        super().__init__(source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats)
+        self.weight, self.bias = source.weight, source.bias
+        self.running_mean, self.running_var = source.running_mean, source.running_var
+        self.num_batches_tracked = source.num_batches_tracked
+        self.group = group
+        # timm's BatchNormAct2d carries these; they hold no parameters that matter for the statistics.
+        self.drop = getattr(source, "drop", nn.Identity())
+        self.act = getattr(source, "act", nn.Identity())
+        self.train(source.training)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"BatchNorm expects [batch, channels, ...], found {list(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:  # [n, C, ...]
+        self._check_input_dim(input)
+        if not self.training:
+            return self.act(self.drop(super().forward(input)))
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        var, mean = torch.var_mean(x, dim=axes, correction=0)  # [C], of this rank
+        every = gather_rows(torch.stack((mean, var))[None], self.group)  # [W, 2, C]
+        mean = every[:, 0].mean(0)
+        var = every[:, 1].mean(0) + every[:, 0].var(0, correction=0)
+        if self.track_running_stats:
+            self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * world_size(self.group))
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        scale = torch.rsqrt(var + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        y = (x - mean.view(shape)) * scale.view(shape)
+        if self.affine:
+            y = y + self.bias.view(shape)
+        return self.act(self.drop(y.to(input.dtype)))
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        unbiased = var * (count / max(count - 1, 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def _replace_batchnorm(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    if isinstance(module, _BatchNorm):
+        return GlobalBatchNorm(module, group)
+    for name, child in module.named_children():
+        setattr(module, name, _replace_batchnorm(child, group))
+    return module
