@@ -29,6 +29,6 @@ setup(
     extras_require={
         "dali-cuda13": ["nvidia-dali-cuda130>=2.2"],
         "dali-cuda12": ["nvidia-dali-cuda120>=2.2"],
-        "dev": ["pytest>=8", "ruff==0.17.5", "mypy==2.4.1"],
+        "dev": ["pytest>=8", "pytest-xdist", "ruff==0.17.5", "mypy==2.4.1"],
     },
 )

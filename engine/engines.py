@@ -231,7 +231,8 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
         except (DeepSpeedConfigError, ValidationError, ZeRORuntimeException) as error:
             raise ConfigError(f"engine.deepspeed: {' '.join(str(error).split())}") from None
         if cfg.engine.zero_stage == 0:
-            # On two CPU cores too a WRN-10-1 training step takes half the time (122 against 251 ms, batch 128).
+            # On two CPU cores too: WRN-10-1, batch 128, two views forward and backward, 91 against 127 ms
+            # (bench/results/cpu/step.jsonl).
             # After initialize, whose broadcast refuses such weights (0.19.8); ZeRO >= 1 keeps weights in flat buffers,
             # which have no such order.
             engine.module.to(memory_format=torch.channels_last)

@@ -71,9 +71,9 @@ class Trainer:
         held = self.knn.queries.rejected if self.knn.queries is not None else ()
         self.rejected = len({*dataset.rejected, *held})
         self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.loader.steps_per_epoch
-        if self.resume_point is not None:
-            checkpoint.check_fits(*self.resume_point, steps=self.steps, data=dataset.fingerprint())
         self.data = dataset.fingerprint()
+        if self.resume_point is not None:
+            checkpoint.check_fits(*self.resume_point, steps=self.steps, data=self.data)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
