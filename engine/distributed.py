@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,10 +41,8 @@ def start() -> Ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn on every rank before it picks the same
     import deepspeed  # slow to import, and it probes the machine: only a run pays for it
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -56,8 +53,11 @@ def start() -> Ranks:
         # DeepSpeed would compile its shared-memory all-reduce at start: 22 s here, and it needs a C++ compiler.
         # gloo does the same job.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ and not dist.is_initialized():
+        # No launcher: one process, whose store needs no port that another program might take.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, verbose=False)
     world = dist.get_world_size()
     return Ranks(dist.get_rank(), world, local_rank, device, dist.group.WORLD if world > 1 else None)
 
@@ -145,12 +145,6 @@ def _share_cores() -> None:
     """torch uses every core by default; several ranks on one machine must share them."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores_per_rank())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def configure_logging(*, verbose: bool) -> None:

@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks, each a fresh process, and returns what each gave."""
 
 import os
+import random
 import socket
 import traceback
 from multiprocessing.queues import Queue
@@ -39,6 +40,8 @@ def _one_rank(function: Any, rank: int, world: int, port: int, arguments: tuple,
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}.items():
         os.environ[name] = str(value)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if world == 1:  # as without a launcher
+        del os.environ["MASTER_PORT"]
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -49,6 +52,14 @@ def _one_rank(function: Any, rank: int, world: int, port: int, arguments: tuple,
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the range that the system hands out for connections, and each test process in a part of its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
+    for _ in range(100):
+        port = 12_000 + 1_000 * worker + random.randrange(1_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port")
