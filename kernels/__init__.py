@@ -3,8 +3,25 @@
 ntxent_loss     the contrastive loss of one peer
 mutual_loss     both peers: NT-Xent and the KL between their similarity distributions, in one call
 similarity_kl   the two KL terms alone
+gather_views    starts the exchange of one peer's embeddings ahead of `mutual_loss`
 """
 
-from kernels.mutual import MutualLoss, SimilarityKL, mutual_loss, ntxent_loss, similarity_kl
+from kernels.mutual import (
+    GatheredViews,
+    MutualLoss,
+    SimilarityKL,
+    gather_views,
+    mutual_loss,
+    ntxent_loss,
+    similarity_kl,
+)
 
-__all__ = ["MutualLoss", "SimilarityKL", "mutual_loss", "ntxent_loss", "similarity_kl"]
+__all__ = [
+    "GatheredViews",
+    "MutualLoss",
+    "SimilarityKL",
+    "gather_views",
+    "mutual_loss",
+    "ntxent_loss",
+    "similarity_kl",
+]

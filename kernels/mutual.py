@@ -1,23 +1,30 @@
 """Public losses: argument checks, choice of backend, and the batch of all ranks.
 
-The maths stands in reference.py.  Backends: `torch` (any device, float32 and float64; half inputs are computed in
-float32).  `auto` picks the best that fits; today that is `torch`.
+The maths stands in reference.py.  Backends:
+
+  triton   NVIDIA GPUs from compute capability 8.0: fused kernels (mutual_triton.py), no similarity matrix in memory.
+           Cosines are of unit vectors in float16, sums in float32; widths up to 2048; inputs up to float32.
+  torch    any device, float32 and float64 (half inputs are computed in float32); holds matrices of similarities.
+
+`auto` is triton where it fits and torch elsewhere: on a CPU, in float64, for wider embeddings, on older GPUs.
 """
 
 from __future__ import annotations
 
-import math
+import importlib.util
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import reference
+from kernels import checks, reference
 from kernels.collectives import gather_rows, mean_over_ranks, rank_in, world_size
+from kernels.tiles import BY_CAPABILITY, WIDEST
 
-BACKENDS = ("auto", "torch")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's builds for CPUs come without
+if HAS_TRITON:
+    from kernels import mutual_triton
 
 
 class MutualLoss(NamedTuple):
@@ -36,6 +43,15 @@ class SimilarityKL(NamedTuple):
 
     kl_a: Tensor
     kl_b: Tensor
+
+
+class GatheredViews(NamedTuple):
+    """What `gather_views` began: one peer's embeddings on their way between the ranks."""
+
+    x: Tensor
+    y: Tensor
+    settings: tuple[float, float, dist.ProcessGroup | None]  # temperatures and group
+    under_way: mutual_triton.Gathering | None  # None with the torch backend, which gathers with its gradients
 
 
 def ntxent_loss(
@@ -57,9 +73,11 @@ def ntxent_loss(
     Raises ValueError, naming the argument: shapes, dtypes or devices that differ, an empty batch, a single image with
     no other rank, tau not positive and finite, an unknown backend.
     """
-    _check_backend(backend)
-    _check_positive("tau", tau)
-    _check_views(group, x=x, y=y)
+    checks.check_backend(backend)
+    checks.check_positive("tau", tau)
+    checks.check_views(group, x=x, y=y)
+    if _chosen(backend, x, y) == "triton":
+        return mutual_triton.ntxent(x, y, float(tau), group)
     with _full_precision(x):
         cosine = _cosines(x, y, group)
         return _global(reference.ntxent_from_cosines(cosine, tau, rank_in(group)), group)
@@ -77,6 +95,7 @@ def mutual_loss(
     kl_reduction: str = "batchmean",
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    gathered: tuple[GatheredViews | None, GatheredViews | None] = (None, None),
 ) -> MutualLoss:
     """Both peers' losses, loss_p = ntxent_p + weight_p * kl_p (Bhat et al. 2021, arXiv 2104.09866).
 
@@ -86,16 +105,25 @@ def mutual_loss(
 
         P_p[i, :] = softmax_j (x_i.y_j / tau_distill)        kl_a = reduce_i KL(P_b[i] || P_a[i])
 
+    `gathered`: what `gather_views` returned for either peer, so that its exchange overlapped other work.
+
     Raises ValueError, naming the argument, as `ntxent_loss` does; the peers must hold the same number of images.
     """
-    _check_backend(backend)
-    _check_positive("tau_contrast", tau_contrast)
-    _check_positive("tau_distill", tau_distill)
-    _check_reduction(kl_reduction)
-    _check_weights(weights)
-    _check_views(group, x_a=x_a, y_a=y_a)
-    _check_views(group, x_b=x_b, y_b=y_b)
-    _check_peers(x_a, x_b)
+    checks.check_backend(backend)
+    checks.check_positive("tau_contrast", tau_contrast)
+    checks.check_positive("tau_distill", tau_distill)
+    checks.check_reduction(kl_reduction)
+    checks.check_weights(weights)
+    checks.check_views(group, x_a=x_a, y_a=y_a)
+    checks.check_views(group, x_b=x_b, y_b=y_b)
+    checks.check_peers(x_a, x_b)
+    _check_gathered(gathered, (x_a, x_b), (y_a, y_b), (tau_contrast, tau_distill, group))
+    if _chosen(backend, x_a, y_a, x_b, y_b) == "triton":
+        fused = mutual_triton.mutual(
+            [(x_a, y_a), (x_b, y_b)], float(tau_contrast), float(tau_distill), weights, kl_reduction == "mean", group,
+            (gathered[0] and gathered[0].under_way, gathered[1] and gathered[1].under_way),
+        )  # fmt: skip
+        return MutualLoss(*fused[:2], *fused[2].unbind())
     with _full_precision(x_a):
         cosine_a, cosine_b = _cosines(x_a, y_a, group), _cosines(x_b, y_b, group)
         kl_a, kl_b = reference.kl_from_cosines(
@@ -125,16 +153,76 @@ def similarity_kl(
 
     Arguments, gradients and errors as for `mutual_loss`; P_p[i, :] = softmax_j (x_i.y_j / tau).
     """
-    _check_backend(backend)
-    _check_positive("tau", tau)
-    _check_reduction(kl_reduction)
-    _check_views(group, x_a=x_a, y_a=y_a)
-    _check_views(group, x_b=x_b, y_b=y_b)
-    _check_peers(x_a, x_b)
+    checks.check_backend(backend)
+    checks.check_positive("tau", tau)
+    checks.check_reduction(kl_reduction)
+    checks.check_views(group, x_a=x_a, y_a=y_a)
+    checks.check_views(group, x_b=x_b, y_b=y_b)
+    checks.check_peers(x_a, x_b)
+    if _chosen(backend, x_a, y_a, x_b, y_b) == "triton":
+        views = [(x_a, y_a), (x_b, y_b)]
+        return SimilarityKL(
+            *mutual_triton.mutual(views, None, float(tau), (1.0, 1.0), kl_reduction == "mean", group)[:2]
+        )
     with _full_precision(x_a):
         cross_a, cross_b = _cross_cosines(x_a, y_a, group), _cross_cosines(x_b, y_b, group)
         kl_a, kl_b = reference.kl_from_cosines(cross_a, cross_b, tau, kl_reduction)
         return SimilarityKL(_global(kl_a, group), _global(kl_b, group))
+
+
+def gather_views(
+    x: Tensor,  # [n, D] one peer's embeddings of view 1
+    y: Tensor,  # [n, D] of view 2
+    *,
+    tau_contrast: float = 0.5,
+    tau_distill: float = 0.1,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> GatheredViews:
+    """Starts the exchange of one peer's embeddings between ranks, for `mutual_loss(..., gathered=...)`.
+
+    Returns at once; between this call and the loss the other peer's forward can run.  The loss must be given the same
+    tensors, temperatures, group and backend.  With the torch backend nothing is under way, and the loss gathers.
+    Raises ValueError, naming the argument, as `mutual_loss` does.
+    """
+    checks.check_backend(backend)
+    checks.check_positive("tau_contrast", tau_contrast)
+    checks.check_positive("tau_distill", tau_distill)
+    checks.check_views(group, x=x, y=y)
+    under_way = None
+    if _chosen(backend, x, y) == "triton":
+        under_way = mutual_triton.start_gather(x, y, float(tau_contrast), float(tau_distill), group)
+    return GatheredViews(x, y, (tau_contrast, tau_distill, group), under_way)
+
+
+# -- choice of backend ---------------------------------------------------------------------------------------------
+
+
+def _chosen(backend: str, *views: Tensor) -> str:
+    """`backend`, or for `auto` the best that fits; raises ValueError where the one asked for does not."""
+    if backend == "torch" or (backend == "auto" and views[0].device.type != "cuda"):
+        return "torch"
+    unfit = _unfit_for_triton(*views)
+    if backend == "triton" and unfit:
+        raise ValueError(f"backend: 'triton' does not fit: {unfit}; use 'torch' or 'auto'")
+    return "torch" if unfit else "triton"
+
+
+def _unfit_for_triton(*views: Tensor) -> str:
+    """Why the triton backend cannot take these embeddings; empty where it can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    device = views[0].device
+    if device.type == "cuda" and torch.version.hip is None:
+        found, needed = torch.cuda.get_device_capability(device), divmod(min(BY_CAPABILITY), 10)
+        if found < needed:
+            return f"compute capability {found[0]}.{found[1]}, at least {needed[0]}.{needed[1]} is needed"
+    elif not (device.type == "cpu" and mutual_triton.INTERPRETED):
+        return f"embeddings on {device}, an NVIDIA GPU is needed"
+    if any(z.dtype == torch.float64 for z in views):
+        return "float64 embeddings, at most float32 is computed"
+    widest = max(z.shape[1] for z in views)
+    return f"embeddings of width {widest}, at most {WIDEST}" if widest > WIDEST else ""
 
 
 # -- the batch of all ranks ----------------------------------------------------------------------------------------
@@ -183,50 +271,16 @@ class _ReplaceValue(torch.autograd.Function):
         return grads[0], None
 
 
-# -- checks --------------------------------------------------------------------------------------------------------
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: must be positive and finite, found {value!r}")
-
-
-def _check_reduction(kl_reduction: str) -> None:
-    if kl_reduction not in reference.KL_REDUCTIONS:
-        raise ValueError(f"kl_reduction: {kl_reduction!r} is unknown; allowed: {', '.join(reference.KL_REDUCTIONS)}")
-
-
-def _check_weights(weights: tuple[float, float]) -> None:
-    pair = isinstance(weights, tuple | list) and len(weights) == 2
-    if not (pair and all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights)):
-        raise ValueError(f"weights: two finite numbers >= 0 (one a peer), found {weights!r}")
-
-
-def _check_views(group: dist.ProcessGroup | None, **views: Tensor) -> None:
-    """Both views of one peer: [n, D], same shape, dtype and device, and enough images for a negative."""
-    (name_x, x), (name_y, y) = views.items()
-    for name, z in views.items():
-        if not isinstance(z, Tensor):
-            raise ValueError(f"{name}: a tensor [N, D] is expected, found {type(z).__name__}")
-        if z.ndim != 2 or 0 in z.shape:
-            raise ValueError(f"{name}: shape [N, D] with N, D >= 1 is expected, found {list(z.shape)}")
-        if z.dtype not in DTYPES:
-            allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise ValueError(f"{name}: dtype {z.dtype} is not supported; allowed: {allowed}")
-    for what in ("shape", "dtype", "device"):
-        if getattr(x, what) != getattr(y, what):
-            raise ValueError(f"{name_y}: {what} {getattr(y, what)} differs from {name_x}'s {getattr(x, what)}")
-    if x.shape[0] * world_size(group) < 2:
-        raise ValueError(f"{name_x}: N = 1 has no negatives; at least 2 images over all ranks are needed")
-
-
-def _check_peers(x_a: Tensor, x_b: Tensor) -> None:
-    if x_a.shape[0] != x_b.shape[0]:
-        raise ValueError(f"x_b: {x_b.shape[0]} images, but x_a holds {x_a.shape[0]}; peers see the same images")
-    if x_a.device != x_b.device:
-        raise ValueError(f"x_b: device {x_b.device} differs from x_a's {x_a.device}")
+def _check_gathered(
+    gathered: tuple[GatheredViews | None, GatheredViews | None],
+    x: tuple[Tensor, Tensor],
+    y: tuple[Tensor, Tensor],
+    settings: tuple[float, float, dist.ProcessGroup | None],
+) -> None:
+    for peer, handle in enumerate(gathered):
+        if handle is None:
+            continue
+        if handle.x is not x[peer] or handle.y is not y[peer]:
+            raise ValueError(f"gathered[{peer}]: was started with other embeddings than those of this call")
+        if handle.settings != settings:
+            raise ValueError(f"gathered[{peer}]: was started with other temperatures or another group than this call's")

@@ -1,5 +1,6 @@
 """Small data and configurations that several tests use."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: Triton's kernels then run on the CPU
 
 from engine.config import Config, parse_config
 from engine.distributed import Ranks

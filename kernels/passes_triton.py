@@ -1,0 +1,342 @@
+"""The passes of a fused loss in order, and the memory between them.
+
+Legend
+  n, N  images of this rank and of all W ranks, M = 2N rows     D  embedding width
+  maths: reference.py; pass 0 embed_triton.py, pass 1 stats_triton.py, pass 2 gradient_triton.py
+
+Gradients are computed with the loss, in one call: `backward` multiplies them with the upstream gradient.  Float32
+memory is what leaves (the gradients) and slots of row sums; float16 embeddings are all that is read M / 64 times.
+
+Across ranks: embeddings are gathered once (float16), four sums a row are added over ranks (l and t of both peers), and
+each rank computes the gradient of its own rows from them, W times the true one (collectives.py); nothing is exchanged
+for gradients.  Pass 1's chunks are shared among ranks, each pair computed once in the cluster.
+
+Every sum has a fixed order, so a result is equal to the bit in every run with the same number of ranks.  That costs the
+slots: 36 to 132 floats a row and peer, written and read once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import tiles
+from kernels.collectives import rank_in, world_size
+from kernels.finish_triton import collect_kernel, finish_kernel, gather_slots_kernel
+from kernels.gradient_triton import gradient_kernel
+from kernels.project_triton import project_kernel, strip_product_kernel
+from kernels.stats_safe_triton import stats_safe_kernel
+from kernels.stats_triton import stats_kernel, task_count
+from kernels.tiles import Plan, Temperatures, Tile, Variant
+
+# Weights W_ij lie between 0 and 2 + kappa; their largest is brought to half of float16's, so that those of 2^20 rows,
+# about 2^-19, are normal numbers still.
+LARGEST_WEIGHT = 32768.0
+STRIP_BYTES = 256 * 2**20  # weights of one strip where gradients do not fit registers
+
+
+class Embedded(NamedTuple):
+    """Pass 0 of one peer, with the vectors of all ranks."""
+
+    z: Tensor  # [2, pitch, P]
+    inverse_norm: Tensor  # [2, n]
+    positive: Tensor  # [n]
+
+
+class Problem(NamedTuple):
+    """One loss on the host: what is asked, for how many images, and the tiles."""
+
+    n: int
+    rank: int
+    world: int
+    D: tuple[int, ...]  # a peer
+    contrast: bool
+    distill: bool
+    weights: tuple[float, float]
+    factor: float  # what weighted sums are multiplied with to be gradients of this rank's rows (W times the true one)
+    kappas: tuple[float, float]  # the KL's part of a weight, against NT-Xent's (or against 1, alone)
+    kl_share: float  # a row's KL in the value of the global batch
+    temperatures: Temperatures
+    plan: Plan
+
+    @property
+    def peers(self) -> int:
+        return len(self.D)
+
+    def variant(self, tile: Tile, *, peers: slice = slice(2), **options: Any) -> Variant:
+        """What a kernel over `peers` is compiled for; with one peer, b's sizes are a's."""
+        widths, depths = [self.plan.width_a, self.plan.width_b][peers], [*self.plan.depths()][peers]
+        return Variant(
+            widths[0], depths[0], widths[-1], depths[-1], tile.rows, tile.cols, min(self.peers, len(widths)),
+            self.contrast, self.distill, self.temperatures.power, self.temperatures.safe, **options,
+        )  # fmt: skip
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
+) -> None:
+    # Fused multiply-add asked for by name: triton 3.10 will leave it out by default.
+    kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+
+
+def compute(
+    problem: Problem,
+    views: list[tuple[Tensor, Tensor]],  # raw [n, D] of both views, a peer
+    embedded: list[Embedded],
+    group: dist.ProcessGroup | None,
+    gradients: bool,
+) -> tuple[Tensor, ...]:
+    """(loss_a, loss_b, terms [4]) of the global batch and, asked for, the gradients [2, n, D] float32 a peer."""
+    safe = problem.temperatures.safe
+    value_in_stats = problem.distill and not gradients and not safe
+    parts = _safe_stats(problem, embedded) if safe else _stats(problem, embedded, value_in_stats)
+    if problem.world > 1:
+        parts = _over_ranks(parts, group)
+    finished = _finish(problem, embedded, parts, value_in_stats)
+    del parts  # their memory serves the gradients
+    grads: list[Tensor] = []
+    if gradients or (problem.distill and not value_in_stats):
+        grads = _gradients(problem, views, embedded, finished)
+    return *_collect(problem, finished, group), *(grads if gradients else [])
+
+
+# -- pass 1 --------------------------------------------------------------------------------------------------------
+
+
+class _Parts(NamedTuple):
+    """Row sums of pass 1, in slots."""
+
+    l_parts: Tensor  # [peers, slots, 2, pitch]
+    t_parts: Tensor  # [peers, slots, pitch]
+    u_parts: Tensor  # [peers, slots, pitch], no slots where forward does not stand alone
+
+
+def _descriptors(problem: Problem, embedded: list[Embedded], *sides: int) -> list[TensorDescriptor]:
+    """z of peer a in blocks of each of `sides` rows, then of peer b; with one peer, b is a."""
+    depths = problem.plan.depths()
+    return [
+        TensorDescriptor.from_tensor(embedded[peer].z.flatten(0, 1), [side, depths[peer]])
+        for peer in (0, problem.peers - 1)
+        for side in sides
+    ]
+
+
+def _stats(problem: Problem, embedded: list[Embedded], value: bool) -> _Parts:
+    plan, temps = problem.plan, problem.temperatures
+    tile = plan.tiles.stats_value if value else plan.tiles.stats
+    N = problem.n * problem.world
+    R, Q = -(-N // plan.row_chunk), plan.row_chunk // plan.col_chunk
+    C = R * Q
+    new = embedded[0].z.new_zeros
+    parts = _Parts(
+        new((problem.peers, 2 * C + R if problem.contrast else 1, 2, plan.pitch), dtype=torch.float32),
+        new((problem.peers, C if problem.distill else 1, plan.pitch), dtype=torch.float32),
+        new((problem.peers, C if value else 0, plan.pitch), dtype=torch.float32),
+    )
+    tasks = task_count(R, Q, contrast=problem.contrast)
+    descriptors = _descriptors(problem, embedded, tile.rows, tile.cols)
+    # Peers meet in pass 1 for the KL's value alone; one at a time leaves registers for larger tiles.
+    launches = [(0, problem.peers)] if value else [(peer, peer + 1) for peer in range(problem.peers)]
+    for peer, end in launches:
+        own = (*descriptors[2 * peer : 2 * peer + 2], *descriptors[2 * end - 2 : 2 * end])
+        _launch(
+            stats_kernel, (-(-tasks // problem.world),), *own, *(part[peer:] for part in parts),
+            N, plan.pitch, R, Q, plan.col_chunk, problem.rank, problem.world, temps.distill,
+            V=problem.variant(tile, peers=slice(peer, end), valued=value), warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+    return parts
+
+
+def _over_ranks(parts: _Parts, group: dist.ProcessGroup | None) -> _Parts:
+    """Sums over slots and ranks, one slot each: the only exchange that the gradients need."""
+    used = [part for part in parts if part.numel()]
+    sums = parts.l_parts.new_empty(sum(part[:, 0].numel() for part in used))
+    one_slot = []
+    for part, flat in zip(used, sums.split([part[:, 0].numel() for part in used]), strict=True):
+        peers, slots, *inner = part.shape
+        count = math.prod(inner)
+        _launch(gather_slots_kernel, (count // tiles.BLOCK, peers), part, flat, slots, count, BLOCK=tiles.BLOCK)
+        one_slot.append(flat.view(peers, 1, *inner))
+    dist.all_reduce(sums, group=group)
+    return _Parts(*one_slot, *parts[len(used) :])
+
+
+# -- between and behind the passes ---------------------------------------------------------------------------------
+
+
+class _Finished(NamedTuple):
+    inverse_l: Tensor  # [peers, 2, pitch]
+    inverse_t: Tensor  # [peers, pitch]
+    contrast_terms: Tensor  # [peers, 2, n]
+    kl_terms: Tensor  # [peers, splits, n]
+
+
+def _capability(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; the interpreter runs the tiles of that."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def pose(
+    n: int, D: tuple[int, ...], group: dist.ProcessGroup | None,
+    tau_contrast: float | None, tau_distill: float | None, weights: tuple[float, float], mean: bool,
+    device: torch.device,
+) -> Problem:  # fmt: skip
+    """NT-Xent where `tau_contrast` is given, the KL where `tau_distill` is; `mean`: over all N^2 entries, not rows."""
+    world = world_size(group)
+    N = n * world
+    kl_share = 1.0 / N**2 if mean else 1.0 / N
+    if tau_contrast is not None:
+        factor = world / (2 * N * tau_contrast)
+        ratio = 2 * N * tau_contrast * kl_share / tau_distill if tau_distill is not None else 0.0
+    else:
+        assert tau_distill is not None
+        factor, ratio = world * kl_share / tau_distill, 1.0
+    return Problem(
+        n, rank_in(group), world, D, tau_contrast is not None, tau_distill is not None, weights, factor,
+        (weights[0] * ratio, weights[1] * ratio), kl_share,
+        tiles.temperatures(tau_contrast, tau_distill), tiles.plan(n, world, *D, capability=_capability(device)),
+    )  # fmt: skip
+
+
+def _weight_scale(problem: Problem) -> float:
+    largest = 2.0 * problem.contrast + max(problem.kappas)
+    return 2.0 ** math.floor(math.log2(LARGEST_WEIGHT / largest))
+
+
+def _finish(problem: Problem, embedded: list[Embedded], parts: _Parts, value: bool) -> _Finished:
+    n, pitch, peers, temps = problem.n, problem.plan.pitch, problem.peers, problem.temperatures
+    new = parts.l_parts.new_empty
+    splits = 1 if value else problem.plan.split
+    finished = _Finished(
+        new((peers, 2, pitch)),
+        new((peers, pitch)),
+        new((peers, 2, n)),
+        new((peers, splits, n)) if problem.distill else new(1),
+    )
+    _launch(
+        finish_kernel, (pitch // tiles.BLOCK,), *parts, embedded[0].positive, embedded[-1].positive, *finished,
+        n * problem.world, n, pitch, parts.l_parts.shape[1], parts.t_parts.shape[1], problem.rank * n,
+        temps.contrast, temps.distill, _weight_scale(problem),
+        BLOCK=tiles.BLOCK, PEERS=peers, CONTRAST=problem.contrast, DISTILL=problem.distill,
+        VALUE=value, SAFE=temps.safe,
+    )  # fmt: skip
+    return finished
+
+
+def _collect(problem: Problem, finished: _Finished, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_a, loss_b, [ntxent_a, ntxent_b, kl_a, kl_b]) of the global batch; with one peer, b's are zeros."""
+    values = finished.inverse_l.new_zeros(6)
+    outs = (values[0], values[1], values[2:])
+    splits = finished.kl_terms.shape[1] if problem.distill else 0
+    _launch(
+        collect_kernel, (1,), finished.contrast_terms, finished.kl_terms, *outs,
+        problem.n, splits, 1.0 / (2 * problem.n * problem.world), problem.kl_share, *problem.weights,
+        BLOCK=4096, PEERS=problem.peers, CONTRAST=problem.contrast, DISTILL=problem.distill, warps=8,
+    )  # fmt: skip
+    if problem.world > 1:
+        dist.all_reduce(values, group=group)
+    return outs[0].clone(), outs[1].clone(), outs[2].clone()  # operators may not return views of one tensor
+
+
+def _safe_stats(problem: Problem, embedded: list[Embedded]) -> _Parts:
+    plan, temps, tile = problem.plan, problem.temperatures, problem.plan.tiles.stats_value
+    new = embedded[0].z.new_zeros
+    log_l = new((problem.peers, 1, 2, plan.pitch), dtype=torch.float32)
+    log_t = new((problem.peers, 1, plan.pitch), dtype=torch.float32)
+    _launch(
+        stats_safe_kernel, (-(-problem.n // tile.rows), 2),
+        *_descriptors(problem, embedded, tile.rows, tile.cols), log_l, log_t,
+        problem.n * problem.world, problem.n, plan.pitch, problem.rank * problem.n, temps.contrast, temps.distill,
+        V=problem.variant(tile), warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return _Parts(log_l, log_t, new((problem.peers, 0, plan.pitch), dtype=torch.float32))
+
+
+# -- pass 2 --------------------------------------------------------------------------------------------------------
+
+
+def _gradients(
+    problem: Problem, views: list[tuple[Tensor, Tensor]], embedded: list[Embedded], finished: _Finished
+) -> list[Tensor]:
+    """Gradients [2, n, D] float32 of this rank's raw embeddings, a peer; fills the KL's terms."""
+    plan, n = problem.plan, problem.n
+    new = finished.inverse_l.new_empty
+    if plan.fused:
+        sums = [new((plan.split, 2, n, width)) for width in (plan.width_a, plan.width_b)[: problem.peers]]
+        _pull(problem, embedded, finished, sums, 0, n)
+        in_place = [s[0] if s.shape[0] == 1 and s.shape[3] == D else None for s, D in zip(sums, problem.D, strict=True)]
+        grads = [new((2, n, D)) if g is None else g for g, D in zip(in_place, problem.D, strict=True)]
+        _project(problem, views, embedded, finished, sums, grads, 0, n)
+        return grads
+    grads = [new((2, n, D)) for D in problem.D]
+    rows = _strip_rows(problem)
+    strips = [embedded[0].z.new_empty((2, rows, 2 * plan.pitch)) for _ in problem.D]
+    for begin in range(0, n, rows):
+        count = min(rows, n - begin)
+        _pull(problem, embedded, finished, strips, begin, count)
+        sums = [_strip_product(problem, strip, e.z, count)[None] for strip, e in zip(strips, embedded, strict=True)]
+        _project(problem, views, embedded, finished, sums, grads, begin, count)
+    return grads
+
+
+def _strip_rows(problem: Problem) -> int:
+    """Images whose weights are held at once: STRIP_BYTES of them, and enough to fill a GPU with their product."""
+    a_row = 2 * problem.peers * 2 * problem.plan.pitch * 2
+    fitting = STRIP_BYTES // a_row // tiles.BLOCK * tiles.BLOCK
+    return min(problem.n, max(4 * tiles.BLOCK, fitting))
+
+
+def _pull(
+    problem: Problem, embedded: list[Embedded], finished: _Finished, outs: list[Tensor], begin: int, count: int
+) -> None:
+    plan, temps = problem.plan, problem.temperatures
+    _, _, tile, value_cols, narrow = plan.tiles
+    _launch(
+        gradient_kernel, (-(-count // tile.rows), plan.split, 2),
+        *_descriptors(problem, embedded, tile.rows, tile.cols, value_cols, narrow),
+        finished.inverse_l, finished.inverse_t, outs[0], outs[-1], finished.kl_terms,
+        problem.n * problem.world, problem.n, plan.pitch, problem.rank * problem.n, begin, count,
+        temps.contrast, temps.distill, *problem.kappas, _weight_scale(problem),
+        V=problem.variant(tile, fused=plan.fused, split=plan.split, value_cols=value_cols, narrow=narrow),
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+
+
+def _strip_product(problem: Problem, strip: Tensor, z: Tensor, count: int) -> Tensor:
+    plan, width = problem.plan, z.shape[2]
+    g = z.new_empty((2, count, width), dtype=torch.float32)
+    columns = min(128, width)
+    _launch(
+        strip_product_kernel, (-(-count // 128), -(-width // columns), 2), strip, z, g,
+        count, problem.n * problem.world, plan.pitch,
+        WIDTH=width, BM=128, BK=64, BW=columns, CONTRAST=problem.contrast, warps=8,
+    )  # fmt: skip
+    return g
+
+
+def _project(
+    problem: Problem, views: list[tuple[Tensor, Tensor]], embedded: list[Embedded], finished: _Finished,
+    sums: list[Tensor], grads: list[Tensor], begin: int, count: int,
+) -> None:  # fmt: skip
+    plan, temps, first = problem.plan, problem.temperatures, problem.rank * problem.n
+    weight_scale = _weight_scale(problem)
+    for peer, ((x, y), e, g, out) in enumerate(zip(views, embedded, sums, grads, strict=True)):
+        width = g.shape[-1]
+        P = 1 << (width - 1).bit_length()
+        block = max(1, 2048 // P)
+        _launch(
+            project_kernel, (-(-count // block), 2), g, x, y, e.inverse_norm, e.positive,
+            finished.inverse_l[peer, 0, first:], out,
+            begin, count, problem.n, problem.D[peer], plan.pitch, g.shape[0],
+            problem.factor / (weight_scale * temps.scale), problem.factor, temps.contrast, weight_scale,
+            *x.stride(), *y.stride(),
+            P=P, WIDTH=width, BLOCK=block, CONTRAST=problem.contrast, SAFE=temps.safe,
+        )  # fmt: skip

@@ -1,0 +1,521 @@
+"""The triton backend against float64: on a GPU where there is one, under Triton's interpreter elsewhere."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import gather_views, mutual_loss, mutual_triton, ntxent_loss, reference, similarity_kl, tiles
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
+def storage(request, monkeypatch) -> torch.dtype:
+    """What unit vectors are kept in: float32 tests the arithmetic, float16 is what is shipped."""
+    if request.param == torch.float32 and DEVICE.type == "cuda":
+        pytest.skip("products of float32 are for the interpreter")
+    monkeypatch.setattr(mutual_triton, "STORAGE", request.param)
+    return request.param
+
+
+def embeddings(N: int, D: int, seed: int, noise: float = 0.7) -> list[torch.Tensor]:
+    """Two views in float64; the smaller the noise, the more a row's softmax is its positive alone."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    return [
+        (base + noise * torch.randn(N, D, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(2)
+    ]
+
+
+def on_device(exact: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [z.detach().to(DEVICE, dtype).requires_grad_() for z in exact]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.detach().cpu().double() - wanted.detach()).norm() / wanted.detach().norm()).item()
+
+
+class Rounded(torch.autograd.Function):
+    """Unit vectors as the kernels keep them, with the gradient of exact ones."""
+
+    @staticmethod
+    def forward(ctx, u: torch.Tensor, scale: float) -> torch.Tensor:
+        return (u * scale).to(mutual_triton.STORAGE).double() / scale
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):
+        return grads[0], None
+
+
+def formula(exact, tau_contrast, tau_distill, weights, reduction, scale=None):
+    """(loss_a, loss_b) in float64 on one process; with `scale`, of unit vectors rounded to the kernels' storage."""
+    unit = [reference.normalize(z) for z in exact]
+    if scale is not None:
+        unit = [Rounded.apply(u, scale) for u in unit]
+    cosine_a, cosine_b = (reference.cosines(x, y, x, y) for x, y in (unit[:2], unit[2:]))
+    kls = reference.kl_from_cosines(
+        reference.cross_view(cosine_a), reference.cross_view(cosine_b), tau_distill, reduction
+    )
+    return [
+        reference.ntxent_from_cosines(c, tau_contrast) + w * kl
+        for c, w, kl in zip((cosine_a, cosine_b), weights, kls, strict=True)
+    ]
+
+
+def check_against_formula(exact, tau_contrast=0.5, tau_distill=0.1, weights=(0.4, 1.3), reduction="batchmean"):
+    """Values and gradients are no further from float64 than twice what rounding of unit vectors alone does."""
+    options = tau_contrast, tau_distill, weights, reduction
+    scale = tiles.temperatures(tau_contrast, tau_distill).scale
+    wanted = formula(exact, *options)
+    rounded = formula(exact, *options, scale=scale)
+    inputs = on_device(exact)
+    found = mutual_loss(
+        *inputs, tau_contrast=tau_contrast, tau_distill=tau_distill, weights=weights, kl_reduction=reduction,
+        backend="triton",
+    )  # fmt: skip
+    # float32 sums of M terms, and exponentials whose argument is a float32 of up to 1 / tau
+    floor = 3e-6 + 3e-7 / min(tau_contrast, tau_distill)
+    for loss, exact_loss, rounded_loss in zip(found[:2], wanted, rounded, strict=True):
+        assert abs(loss.item() - exact_loss.item()) <= 2 * abs(rounded_loss - exact_loss).item() + floor * max(
+            1.0, abs(exact_loss.item())
+        )
+    upstream = 1.7, -0.6
+
+    def gradients(losses, leaves):
+        return torch.autograd.grad(sum(u * loss for u, loss in zip(upstream, losses, strict=True)), leaves)
+
+    exact_gradients, rounded_gradients = gradients(wanted, exact), gradients(rounded, exact)
+    for g, e, r in zip(gradients(found[:2], inputs), exact_gradients, rounded_gradients, strict=True):
+        # What a gradient is small against: the pull of a pair, 1 / (M tau), not itself where rows are learned.
+        pull = 1 / (2 * len(e) * min(tau_contrast, tau_distill)) * math.sqrt(len(e))
+        error, rounding = (g.detach().cpu().double() - e).norm(), (r - e).norm()
+        assert error <= 2 * rounding + floor * (e.norm() + pull), (error, rounding, e.norm(), pull)
+    with torch.no_grad():  # forward alone takes the KL's value in another pass
+        alone = mutual_loss(
+            *inputs, tau_contrast=tau_contrast, tau_distill=tau_distill, weights=weights, kl_reduction=reduction,
+            backend="triton",
+        )  # fmt: skip
+    for a, b in zip(alone, found, strict=True):
+        assert abs(a - b).item() <= 10 * floor * max(1.0, abs(b.item()))
+
+
+SHAPES = [(2, 1, 1), (2, 20, 3), (3, 16, 17), (37, 20, 70), (64, 128, 64), (129, 40, 128), (200, 128, 128), (65, 300, 40)]
+
+
+@pytest.mark.parametrize(("N", "D_a", "D_b"), SHAPES)
+def test_shapes(storage, N, D_a, D_b):
+    check_against_formula([*embeddings(N, D_a, 0), *embeddings(N, D_b, 1)])
+
+
+@pytest.mark.parametrize(
+    ("tau_contrast", "tau_distill"),
+    [(0.5, 0.5), (0.1, 0.2), (0.3, 0.17), (0.07, 0.21), (0.02, 0.02), (0.02, 1.0), (8.0, 1.0), (0.01, 0.02), (0.5, 0.003)],
+)
+def test_temperatures(storage, tau_contrast, tau_distill):
+    check_against_formula([*embeddings(50, 24, 2), *embeddings(50, 33, 3)], tau_contrast, tau_distill)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 100.0], ids=["one view", "peaked", "flat"])
+@pytest.mark.parametrize("tau", [0.5, 0.05])
+def test_rows_of_any_sharpness(storage, noise, tau):
+    check_against_formula([*embeddings(45, 30, 4, noise), *embeddings(45, 30, 5, noise)], tau, 2 * tau)
+
+
+def test_the_same_image_many_times(storage):
+    exact = [z.detach()[torch.arange(40) % 7].clone().requires_grad_() for z in (*embeddings(7, 9, 6), *embeddings(7, 5, 7))]
+    check_against_formula(exact, 0.2, 0.1, reduction="mean", weights=(40.0, 0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("N", "D_a", "D_b"), [(140, 256, 2048), (650, 16, 32)])
+def test_large_shapes(N, D_a, D_b):
+    check_against_formula([*embeddings(N, D_a, 8), *embeddings(N, D_b, 9)])
+
+
+def test_strips_of_weights(storage, monkeypatch):
+    """Wide embeddings whose weights do not fit the strip's memory at once."""
+    from kernels import passes_triton
+
+    monkeypatch.setattr(passes_triton, "_strip_rows", lambda problem: 48)
+    check_against_formula([*embeddings(130, 280, 10), *embeddings(130, 24, 11)])
+
+
+@pytest.mark.parametrize(("N", "D", "tau"), [(2, 1, 0.5), (37, 70, 0.2), (150, 256, 0.5), (40, 600, 0.02), (33, 8, 0.005)])
+def test_one_peer(storage, N, D, tau):
+    exact = embeddings(N, D, 12)
+    inputs = on_device(exact)
+    unit = [Rounded.apply(reference.normalize(z), tiles.temperatures(tau, None).scale) for z in exact]
+    wanted = reference.ntxent(*exact, tau=tau)
+    rounded = reference.ntxent_from_cosines(reference.cosines(*unit, *unit), tau)
+    found = ntxent_loss(*inputs, tau=tau, backend="triton")
+    floor = 3e-6 + 3e-7 / tau
+    assert abs(found.item() - wanted.item()) <= 2 * abs(rounded - wanted).item() + floor * max(1.0, wanted.item())
+    triples = zip(
+        torch.autograd.grad(found, inputs),
+        torch.autograd.grad(wanted, exact),
+        torch.autograd.grad(rounded, exact),
+        strict=True,
+    )
+    for g, e, r in triples:
+        pull = math.sqrt(N) / (2 * N * tau)
+        assert (g.cpu().double() - e).norm() <= 2 * (r - e).norm() + floor * (e.norm() + pull)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
+@pytest.mark.parametrize("tau", [0.1, 0.4, 0.004])
+def test_the_kl_alone(storage, reduction, tau):
+    exact = [*embeddings(70, 24, 13), *embeddings(70, 50, 14)]
+    inputs = on_device(exact)
+    wanted = reference.similarity_kl(*exact, tau=tau, kl_reduction=reduction)
+    found = similarity_kl(*inputs, tau=tau, kl_reduction=reduction, backend="triton")
+    # Rounding moves a cosine by some 5e-5, a logit by 1 / tau times that.
+    tolerance = 5e-6 + 3e-7 / tau if storage == torch.float32 else 2e-4 + 1e-4 / tau
+    for f, w in zip(found, wanted, strict=True):
+        assert f.item() == pytest.approx(w.item(), rel=tolerance)
+    found_gradients = torch.autograd.grad(2 * found[0] + 3 * found[1], inputs)
+    for g, w in zip(found_gradients, torch.autograd.grad(2 * wanted[0] + 3 * wanted[1], exact), strict=True):
+        assert relative(g, w) < 4 * tolerance
+
+
+def test_the_gradients_error_at_the_size_of_a_batch():
+    """The accuracy that the kernels are meant to have: 3e-4 at tau >= 0.1, 7e-4 at 0.02, the loss within 2e-6."""
+    N, D = 512, 128
+    exact = [*embeddings(N, D, 15), *embeddings(N, D, 16)]
+    for tau, bound in ((0.5, 3e-4), (0.1, 3e-4), (0.02, 7e-4)):
+        inputs = on_device(exact[:2])
+        wanted, found = reference.ntxent(*exact[:2], tau=tau), ntxent_loss(*inputs, tau=tau, backend="triton")
+        assert found.item() == pytest.approx(wanted.item(), rel=2e-6 if tau >= 0.1 else 1e-4)
+        pairs = zip(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, exact[:2]), strict=True)
+        assert all(relative(g, w) < bound for g, w in pairs)
+
+
+# -- closed forms --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [2, 33, 100])
+def test_identical_embeddings(N):
+    inputs = on_device([torch.full((N, 7), 0.3)] * 4)
+    found = mutual_loss(*inputs, backend="triton")
+    assert found.ntxent_a.item() == pytest.approx(math.log(2 * N - 1), rel=1e-6)
+    assert abs(found.kl_a.item()) < 1e-6
+    for gradient in torch.autograd.grad(found.loss_a + found.loss_b, inputs):
+        assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.05])
+def test_separated_embeddings(tau):
+    """x = y = unit vectors along the axes: l = exp(1 / tau) + M - 2, and x_i is pulled against every other axis."""
+    N = 40
+    M = 2 * N
+    x = torch.eye(N)
+    inputs = on_device([x, x, x, x])
+    found = mutual_loss(*inputs, tau_contrast=tau, tau_distill=2 * tau, backend="triton")
+    others = (M - 2) * math.exp(-1 / tau)
+    assert found.ntxent_a.item() == pytest.approx(math.log1p(others), rel=2e-4, abs=1e-6)
+    weight = 2 * 2 * math.exp(-1 / tau) / (1 + others) / (M * tau)  # two views, rows and columns
+    expected = weight * (1 - torch.eye(N))
+    gradient = torch.autograd.grad(found.loss_a, inputs[0])[0].cpu()
+    torch.testing.assert_close(gradient, expected, rtol=5e-3, atol=weight * 1e-3)
+
+
+# -- inputs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs(dtype):
+    inputs = on_device([*embeddings(33, 20, 17), *embeddings(33, 12, 18)], dtype)
+    exact = [z.detach().cpu().double().requires_grad_() for z in inputs]
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):  # a surrounding autocast must not reach the loss
+        found = mutual_loss(*inputs, backend="triton")
+    assert found.loss_a.dtype == torch.float32
+    wanted = mutual_loss(*exact)
+    torch.testing.assert_close(found.loss_a.cpu().double(), wanted.loss_a, rtol=3e-4, atol=0)
+    # a loss scale as mixed precision uses it: unscaled, float16 gradients would vanish
+    gradient = torch.autograd.grad(1024 * found.loss_a, inputs[0])[0]
+    assert gradient.dtype == dtype
+    assert relative(gradient, torch.autograd.grad(1024 * wanted.loss_a, exact[0])[0]) < 1e-2
+
+
+def test_views_that_are_not_contiguous():
+    x, y = on_device(embeddings(19, 6, 19))
+    both = torch.stack((x.detach(), y.detach()), dim=2)  # [N, D, 2]
+    strided = [both[:, :, view].requires_grad_() for view in range(2)]
+    found, wanted = (ntxent_loss(*z, backend="triton") for z in (strided, (x, y)))
+    assert torch.equal(found, wanted)
+    pairs = zip(torch.autograd.grad(found, strided), torch.autograd.grad(wanted, (x, y)), strict=True)
+    assert all(torch.equal(f, w) for f, w in pairs)
+    expanded = x.detach()[:1].expand(19, 6)
+    assert ntxent_loss(expanded, y, backend="triton").isfinite()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("tau", [0.1, 0.004])
+def test_a_non_finite_embedding_gives_a_non_finite_loss(bad, tau):
+    inputs = [z.detach() for z in on_device([*embeddings(70, 4, 20), *embeddings(70, 4, 21)])]
+    inputs[1][63, 2] = bad
+    for wanted in (True, False):
+        grads = [z.requires_grad_(wanted) for z in inputs]
+        found = mutual_loss(*grads, tau_distill=tau, backend="triton")
+        assert not found.loss_a.isfinite()
+        assert not found.kl_b.isfinite()
+        assert found.ntxent_b.isfinite()
+        assert not ntxent_loss(*grads[:2], tau=tau, backend="triton").isfinite()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e12, 1e30])
+def test_the_scale_of_embeddings_does_not_matter(scale):
+    exact = embeddings(9, 6, 22)
+    scaled = [(z.detach() * scale).to(DEVICE, torch.float32).requires_grad_() for z in exact]
+    found, wanted = ntxent_loss(*scaled, backend="triton"), ntxent_loss(*exact)
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=0)
+    gradient = torch.autograd.grad(found, scaled[0])[0].cpu().double() * scale
+    assert relative(gradient, torch.autograd.grad(wanted, exact[0])[0]) < 1e-3
+
+
+def test_a_row_of_zeros_stays_finite():
+    inputs = on_device([*embeddings(6, 4, 23), *embeddings(6, 4, 24)])
+    with torch.no_grad():
+        inputs[0][2] = 0
+    found = mutual_loss(*inputs, backend="triton")
+    wanted = mutual_loss(*inputs, backend="torch")
+    torch.testing.assert_close(found.loss_a, wanted.loss_a, rtol=1e-3, atol=0)
+    assert torch.autograd.grad(found.loss_a, inputs[0])[0].isfinite().all()
+
+
+# -- autograd and compile ------------------------------------------------------------------------------------------
+
+
+def test_each_loss_sends_gradient_to_its_own_peer_only():
+    inputs = on_device([*embeddings(7, 5, 25), *embeddings(7, 3, 26)])
+    found = mutual_loss(*inputs, backend="triton")
+    gradients = torch.autograd.grad(found.loss_a, inputs, retain_graph=True, allow_unused=True)
+    assert gradients[2:] == (None, None)
+    again = torch.autograd.grad(3 * found.loss_a, inputs[0], retain_graph=True)[0]
+    torch.testing.assert_close(again, 3 * gradients[0])
+    assert all(not term.requires_grad for term in found[2:])
+
+
+def test_embeddings_without_gradient():
+    x_a, y_a, x_b, y_b = on_device([*embeddings(7, 5, 27), *embeddings(7, 3, 28)])
+    found = mutual_loss(x_a, y_a.detach(), x_b.detach(), y_b.detach(), backend="triton")
+    assert not found.loss_b.requires_grad or torch.autograd.grad(found.loss_b, x_a, allow_unused=True)[0] is None
+    whole = mutual_loss(x_a, y_a, x_b, y_b, backend="triton")
+    first, second = (torch.autograd.grad(loss.loss_a, x_a)[0] for loss in (found, whole))
+    assert torch.equal(first, second)
+
+
+def test_operators_keep_torchs_rules():
+    x, y = on_device(embeddings(9, 5, 29))
+    z = mutual_triton.embed_op(x.detach(), y.detach(), 1.7, "")
+    torch.library.opcheck(mutual_triton.embed_op, (x.detach(), y.detach(), 1.7, ""))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(mutual_triton.ntxent_op, (x, y, *z, 0.5, "", True), test_utils=tests)
+    arguments = (x, y, *z, x.detach(), y.detach(), *z, 0.5, 0.1, 1.0, 1.0, False, "", True)
+    torch.library.opcheck(mutual_triton.mutual_op, arguments, test_utils=tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_without_graph_breaks(compiler):
+    inputs = on_device([*embeddings(6, 4, 30), *embeddings(6, 5, 31)])
+
+    def losses(*z):
+        both = mutual_loss(*z, backend="triton")
+        return both.loss_a + 2 * both.loss_b + ntxent_loss(*z[:2], backend="triton") + similarity_kl(*z, backend="triton")[0]
+
+    compiled = torch.compile(losses, fullgraph=True, backend=compiler)
+    found, wanted = compiled(*inputs), losses(*inputs)
+    torch.testing.assert_close(found, wanted)
+    for f, w in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+        torch.testing.assert_close(f, w)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_no_matrix_of_similarities_in_memory():
+    inputs = on_device([*embeddings(512, 8, 32), *embeddings(512, 8, 33)])
+    with Largest() as seen:
+        found = mutual_loss(*inputs, backend="triton")
+        torch.autograd.grad(found.loss_a + found.loss_b, inputs)
+    assert 2 * 512 * 8 <= seen.numel < 1024 * 1024 / 10
+    with Largest() as seen:
+        mutual_loss(*inputs, backend="torch")
+    assert seen.numel >= 1024 * 1024, "the measure itself"
+
+
+# -- several ranks -------------------------------------------------------------------------------------------------
+
+
+def losses_of_one_rank(world: int, N: int, gathers: bool) -> tuple[list[float], list]:
+    """Values on this rank and the gradients of its rows, of the sum of all losses; float32 storage."""
+    mutual_triton.STORAGE = torch.float32
+    if world > 1:
+        dist.init_process_group("gloo")
+    rank, group = (dist.get_rank(), dist.group.WORLD) if world > 1 else (0, None)
+    n = N // world
+    whole = [*embeddings(N, 10, 34), *embeddings(N, 300, 35)]
+    own = [z.detach().float()[rank * n : (rank + 1) * n].clone().requires_grad_() for z in whole]
+    options = {"group": group, "backend": "triton"}
+    handles = (None, None)
+    if gathers:
+        handles = gather_views(*own[:2], **options), gather_views(*own[2:], **options)
+    both = mutual_loss(*own, weights=(0.7, 1.3), gathered=handles, **options)
+    safe = mutual_loss(*own, tau_contrast=0.01, **options)
+    single = ntxent_loss(*own[:2], tau=0.2, **options)
+    kl = similarity_kl(*own, kl_reduction="mean", **options)
+    total = both.loss_a + both.loss_b + safe.loss_a + 2 * single + 5 * kl.kl_a + 7 * kl.kl_b
+    gradients = torch.autograd.grad(total, own)
+    with torch.no_grad():
+        alone = mutual_loss(*own, **options)
+    if world > 1:
+        dist.destroy_process_group()
+    return [v.item() for v in (*both, *safe, *alone, single, *kl)], [g.numpy() for g in gradients]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "N", "gathers"), [(2, 2, False), (2, 74, True), (4, 76, False)])
+def test_ranks_give_the_loss_and_gradient_of_one(world, N, gathers, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # gloo ranks have no GPU
+    (expected, expected_gradients), *_ = run_ranks(losses_of_one_rank, 1, 1, N, gathers)
+    every = run_ranks(losses_of_one_rank, world, world, N, gathers)
+    for values, _ in every:
+        assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert values == every[0][0], "the losses must be equal on every rank"
+    for i, wanted in enumerate(expected_gradients):
+        rows = torch.cat([torch.from_numpy(gradients[i]) for _, gradients in every])
+        assert (rows / world - torch.from_numpy(wanted)).norm() < 1e-4 * torch.from_numpy(wanted).norm()
+
+
+def collectives_of_one_rank(world: int) -> list[tuple[str, int]]:
+    """(collective, bytes) of one step, in order."""
+    dist.init_process_group("gloo")
+    seen = []
+    for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "broadcast"):
+        original = getattr(dist, name)
+
+        def recorded(first, *rest, _name=name, _original=original, **options):
+            seen.append((_name, first.numel() * first.element_size()))
+            return _original(first, *rest, **options)
+
+        setattr(dist, name, recorded)
+    own = [z.detach().float().requires_grad_() for z in (*embeddings(128, 64, 36), *embeddings(128, 64, 37))]
+    both = mutual_loss(*own, group=dist.group.WORLD, backend="triton")
+    (both.loss_a + both.loss_b).backward()
+    dist.destroy_process_group()
+    return seen
+
+
+@pytest.mark.slow
+def test_what_travels_between_ranks(monkeypatch):
+    """Float16 embeddings once, four sums a row of view 1 (two of view 2), the six values; nothing for gradients."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for seen in run_ranks(collectives_of_one_rank, 2, 2):
+        gathers = [size for name, size in seen if name == "all_gather_into_tensor"]
+        assert gathers == [256 * 64 * 2] * 4  # two views of two peers, 256 images
+        assert [size for name, size in seen if name == "all_reduce"] == [256 * (4 + 2) * 4, 6 * 4]
+        assert len(seen) == 6
+
+
+# -- choice of backend ---------------------------------------------------------------------------------------------
+
+
+def test_auto_is_torch_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(mutual_triton, "ntxent", lambda *_: pytest.fail("triton was chosen"))
+    x, y = (z.detach() for z in embeddings(5, 3, 38))
+    assert ntxent_loss(x.float(), y.float()).isfinite()
+    assert ntxent_loss(x.to(DEVICE), y.to(DEVICE)).isfinite()  # float64: everywhere
+
+
+def test_what_triton_cannot_take_is_named(monkeypatch):
+    x, y = (z.detach() for z in embeddings(5, 3, 39))
+    with pytest.raises(ValueError, match="backend: 'triton' does not fit: float64 embeddings"):
+        ntxent_loss(x.to(DEVICE), y.to(DEVICE), backend="triton")
+    wide = torch.randn(4, 2049, device=DEVICE)
+    with pytest.raises(ValueError, match="embeddings of width 2049, at most 2048"):
+        ntxent_loss(wide, wide, backend="triton")
+    monkeypatch.setattr(mutual_triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="embeddings on cpu, an NVIDIA GPU is needed; use 'torch' or 'auto'"):
+        similarity_kl(*[x.float()] * 4, backend="triton")
+
+
+def test_a_gather_must_be_of_the_same_call():
+    x, y, z = (v.detach().float().to(DEVICE) for v in (*embeddings(5, 3, 40), embeddings(5, 3, 41)[0]))
+    handle = gather_views(x, y, backend="triton")
+    found = mutual_loss(x, y, x, y, gathered=(handle, None), backend="triton")
+    assert torch.equal(found.loss_a, mutual_loss(x, y, x, y, backend="triton").loss_a)
+    with pytest.raises(ValueError, match=r"gathered\[0\]: was started with other embeddings"):
+        mutual_loss(z, y, x, y, gathered=(handle, None), backend="triton")
+    with pytest.raises(ValueError, match=r"gathered\[1\]: was started with other temperatures"):
+        mutual_loss(x, y, x, y, tau_distill=0.2, gathered=(None, handle), backend="triton")
+
+
+# -- on a GPU alone ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_runs_are_equal_to_the_bit():
+    inputs = on_device([*embeddings(3000, 128, 42), *embeddings(3000, 64, 43)])
+    first = None
+    for _ in range(5):
+        found = mutual_loss(*inputs, backend="triton")
+        outcome = [*found, *torch.autograd.grad(found.loss_a + found.loss_b, inputs)]
+        first = first or outcome
+        assert all(torch.equal(a, b) for a, b in zip(outcome, first, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_repeats_the_loss():
+    inputs = on_device([*embeddings(300, 128, 44), *embeddings(300, 128, 45)])
+
+    def step():
+        found = mutual_loss(*inputs, backend="triton")
+        return [*found[:2], *torch.autograd.grad(found.loss_a + found.loss_b, inputs)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for z in inputs:
+            z.copy_(torch.randn_like(z))
+    graph.replay()
+    for found, wanted in zip(captured, step(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu():
+    inputs = on_device([*embeddings(300, 128, 46), *embeddings(300, 128, 47)])
+    for _ in range(2):  # the first compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = mutual_loss(*inputs, backend="triton")
+            (found.loss_a + found.loss_b).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "D_a", "D_b"), list(itertools.product((1000, 4097), (128, 384), (64, 128))))
+def test_sizes_that_the_interpreter_is_too_slow_for(N, D_a, D_b):
+    check_against_formula([*embeddings(N, D_a, 48), *embeddings(N, D_b, 49)])
