@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup quickstart test check format clean
+.PHONY: help setup quickstart test check bench gpu format clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,6 +28,16 @@ check: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup  ## the microbenchmarks that this machine can run
+	$(BIN)/python -m bench loss
+	$(BIN)/python -m bench budgets
+
+# GPU tests first: what they find comes before any number.
+gpu: setup  ## GPU tests, then the kernels' benchmark; rows under bench/results
+	$(BIN)/python -m pytest tests/kernels tests/engine -m gpu
+	$(BIN)/python -m pytest tests/kernels -m 'not gpu and not slow'
+	$(BIN)/python -m bench loss --quick
 
 format: setup  ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .

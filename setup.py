@@ -27,6 +27,8 @@ setup(
         "rich",
     ],
     extras_require={
+        # What the losses are compared with; each is left out of the benchmark where it is not installed.
+        "bench": ["lightly", "memeff", "inf-cl"],
         "dali-cuda13": ["nvidia-dali-cuda130>=2.2"],
         "dali-cuda12": ["nvidia-dali-cuda120>=2.2"],
         "dev": ["pytest>=8", "pytest-xdist", "ruff==0.17.5", "mypy==2.4.1"],

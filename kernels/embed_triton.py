@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import tiles
+
 EPSILON = tl.constexpr(1e-12)  # as in reference.normalize: a row of zeros stays zero
 
 
@@ -74,9 +76,9 @@ def embed(
     positive = x.new_empty(n, dtype=torch.float32)
     P = triton.next_power_of_2(width)
     block = max(1, 2048 // P)
-    embed_kernel[(triton.cdiv(pitch, block),)](
-        x, y, z, inverse_norm, positive,
+    tiles.launch(
+        embed_kernel, (triton.cdiv(pitch, block),), x, y, z, inverse_norm, positive,
         n, D, pitch, scale, *x.stride(), *y.stride(),
-        P=P, WIDTH=width, BLOCK=block, num_warps=4,
+        P=P, WIDTH=width, BLOCK=block,
     )  # fmt: skip
     return z, inverse_norm, positive

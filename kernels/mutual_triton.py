@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import embed_triton, tiles
 from kernels.collectives import world_size
@@ -130,6 +131,8 @@ def _save_ntxent(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.dtype = inputs[0].dtype
 
 
+# Once: a second derivative would take the gradient for a constant, silently.
+@once_differentiable
 def _scale_ntxent(ctx: Any, upstream: Tensor | None, _gradient: None) -> tuple:
     return *_scaled(ctx.saved_tensors[0], upstream, ctx.dtype), *[None] * 6
 
@@ -142,6 +145,7 @@ def _save_mutual(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.dtypes = inputs[0].dtype, inputs[5].dtype
 
 
+@once_differentiable
 def _scale_mutual(ctx: Any, upstream_a: Tensor | None, upstream_b: Tensor | None, *_others: None) -> tuple:
     (gradient_a, gradient_b), (dtype_a, dtype_b) = ctx.saved_tensors, ctx.dtypes
     peer_a, peer_b = _scaled(gradient_a, upstream_a, dtype_a), _scaled(gradient_b, upstream_b, dtype_b)

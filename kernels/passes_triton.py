@@ -12,7 +12,7 @@ each rank computes the gradient of its own rows from them, W times the true one 
 for gradients.  Pass 1's chunks are shared among ranks, each pair computed once in the cluster.
 
 Every sum has a fixed order, so a result is equal to the bit in every run with the same number of ranks.  That costs the
-slots: 36 to 132 floats a row and peer, written and read once.
+slots: 48 to 72 floats a row and peer, written and read once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kernels.gradient_triton import gradient_kernel
 from kernels.project_triton import project_kernel, strip_product_kernel
 from kernels.stats_safe_triton import stats_safe_kernel
 from kernels.stats_triton import stats_kernel, task_count
-from kernels.tiles import Plan, Temperatures, Tile, Variant
+from kernels.tiles import Plan, Temperatures, Tile, Variant, launch
 
 # Weights W_ij lie between 0 and 2 + kappa; their largest is brought to half of float16's, so that those of 2^20 rows,
 # about 2^-19, are normal numbers still.
@@ -75,13 +75,6 @@ class Problem(NamedTuple):
             widths[0], depths[0], widths[-1], depths[-1], tile.rows, tile.cols, min(self.peers, len(widths)),
             self.contrast, self.distill, self.temperatures.power, self.temperatures.safe, **options,
         )  # fmt: skip
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
-) -> None:
-    # Fused multiply-add asked for by name: triton 3.10 will leave it out by default.
-    kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
 
 
 def compute(
@@ -144,7 +137,7 @@ def _stats(problem: Problem, embedded: list[Embedded], value: bool) -> _Parts:
     launches = [(0, problem.peers)] if value else [(peer, peer + 1) for peer in range(problem.peers)]
     for peer, end in launches:
         own = (*descriptors[2 * peer : 2 * peer + 2], *descriptors[2 * end - 2 : 2 * end])
-        _launch(
+        launch(
             stats_kernel, (-(-tasks // problem.world),), *own, *(part[peer:] for part in parts),
             N, plan.pitch, R, Q, plan.col_chunk, problem.rank, problem.world, temps.distill,
             V=problem.variant(tile, peers=slice(peer, end), valued=value), warps=tile.warps, stages=tile.stages,
@@ -160,7 +153,7 @@ def _over_ranks(parts: _Parts, group: dist.ProcessGroup | None) -> _Parts:
     for part, flat in zip(used, sums.split([part[:, 0].numel() for part in used]), strict=True):
         peers, slots, *inner = part.shape
         count = math.prod(inner)
-        _launch(gather_slots_kernel, (count // tiles.BLOCK, peers), part, flat, slots, count, BLOCK=tiles.BLOCK)
+        launch(gather_slots_kernel, (count // tiles.BLOCK, peers), part, flat, slots, count, BLOCK=tiles.BLOCK)
         one_slot.append(flat.view(peers, 1, *inner))
     dist.all_reduce(sums, group=group)
     return _Parts(*one_slot, *parts[len(used) :])
@@ -176,7 +169,7 @@ class _Finished(NamedTuple):
     kl_terms: Tensor  # [peers, splits, n]
 
 
-def _capability(device: torch.device) -> int:
+def capability_of(device: torch.device) -> int:
     """Compute capability, 90 for 9.0; the interpreter runs the tiles of that."""
     if device.type != "cuda":
         return 90
@@ -202,7 +195,7 @@ def pose(
     return Problem(
         n, rank_in(group), world, D, tau_contrast is not None, tau_distill is not None, weights, factor,
         (weights[0] * ratio, weights[1] * ratio), kl_share,
-        tiles.temperatures(tau_contrast, tau_distill), tiles.plan(n, world, *D, capability=_capability(device)),
+        tiles.temperatures(tau_contrast, tau_distill), tiles.plan(n, world, *D, capability=capability_of(device)),
     )  # fmt: skip
 
 
@@ -221,7 +214,7 @@ def _finish(problem: Problem, embedded: list[Embedded], parts: _Parts, value: bo
         new((peers, 2, n)),
         new((peers, splits, n)) if problem.distill else new(1),
     )
-    _launch(
+    launch(
         finish_kernel, (pitch // tiles.BLOCK,), *parts, embedded[0].positive, embedded[-1].positive, *finished,
         n * problem.world, n, pitch, parts.l_parts.shape[1], parts.t_parts.shape[1], problem.rank * n,
         temps.contrast, temps.distill, _weight_scale(problem),
@@ -236,7 +229,7 @@ def _collect(problem: Problem, finished: _Finished, group: dist.ProcessGroup | N
     values = finished.inverse_l.new_zeros(6)
     outs = (values[0], values[1], values[2:])
     splits = finished.kl_terms.shape[1] if problem.distill else 0
-    _launch(
+    launch(
         collect_kernel, (1,), finished.contrast_terms, finished.kl_terms, *outs,
         problem.n, splits, 1.0 / (2 * problem.n * problem.world), problem.kl_share, *problem.weights,
         BLOCK=4096, PEERS=problem.peers, CONTRAST=problem.contrast, DISTILL=problem.distill, warps=8,
@@ -251,7 +244,7 @@ def _safe_stats(problem: Problem, embedded: list[Embedded]) -> _Parts:
     new = embedded[0].z.new_zeros
     log_l = new((problem.peers, 1, 2, plan.pitch), dtype=torch.float32)
     log_t = new((problem.peers, 1, plan.pitch), dtype=torch.float32)
-    _launch(
+    launch(
         stats_safe_kernel, (-(-problem.n // tile.rows), 2),
         *_descriptors(problem, embedded, tile.rows, tile.cols), log_l, log_t,
         problem.n * problem.world, problem.n, plan.pitch, problem.rank * problem.n, temps.contrast, temps.distill,
@@ -299,7 +292,7 @@ def _pull(
 ) -> None:
     plan, temps = problem.plan, problem.temperatures
     _, _, tile, value_cols, narrow = plan.tiles
-    _launch(
+    launch(
         gradient_kernel, (-(-count // tile.rows), plan.split, 2),
         *_descriptors(problem, embedded, tile.rows, tile.cols, value_cols, narrow),
         finished.inverse_l, finished.inverse_t, outs[0], outs[-1], finished.kl_terms,
@@ -314,7 +307,7 @@ def _strip_product(problem: Problem, strip: Tensor, z: Tensor, count: int) -> Te
     plan, width = problem.plan, z.shape[2]
     g = z.new_empty((2, count, width), dtype=torch.float32)
     columns = min(128, width)
-    _launch(
+    launch(
         strip_product_kernel, (-(-count // 128), -(-width // columns), 2), strip, z, g,
         count, problem.n * problem.world, plan.pitch,
         WIDTH=width, BM=128, BK=64, BW=columns, CONTRAST=problem.contrast, warps=8,
@@ -332,7 +325,7 @@ def _project(
         width = g.shape[-1]
         P = 1 << (width - 1).bit_length()
         block = max(1, 2048 // P)
-        _launch(
+        launch(
             project_kernel, (-(-count // block), 2), g, x, y, e.inverse_norm, e.positive,
             finished.inverse_l[peer, 0, first:], out,
             begin, count, problem.n, problem.D[peer], plan.pitch, g.shape[0],

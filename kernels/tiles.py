@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LOG2_E = math.log2(math.e)
 # Exponentials without an offset stay in float32's range for any data as long as a logit stays under 100 (in log 2):
@@ -181,3 +181,11 @@ class Variant:
     split: int = 1
     value_cols: int = 0
     narrow: int = 0
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
+) -> None:
+    """Launches a Triton kernel."""
+    # Fused multiply-add asked for by name: triton 3.10 will leave it out by default.
+    kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)

@@ -1,0 +1,85 @@
+"""The kernels stay within what the compiler made of them when they were measured: registers, spills, instructions."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import budgets
+
+ROOT = Path(__file__).parents[2]
+ALL = json.loads(budgets.BUDGETS.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", sorted(budgets.CASES))
+def test_kernels_are_within_their_budgets(capability):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "budgets", "--arch", str(capability)],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"sm_{capability}  mutual, D 128              gradient_kernel" in done.stdout
+
+
+@pytest.mark.parametrize("version", sorted(ALL))
+def test_what_the_budgets_themselves_allow(version):
+    """On Hopper pass 1 spills nothing; pass 2 at D = 128 neither with triton 3.6, and 48 bytes with 3.9."""
+    for name, kernels in ALL[version]["sm_90"].items():
+        assert kernels["embed_kernel"]["stack"] == 0
+        stats = kernels.get("stats_kernel", kernels.get("stats_safe_kernel"))
+        assert stats["stack"] == 0, name
+        if "gradient_kernel" in kernels:
+            assert kernels["gradient_kernel"]["stack"] <= (8 if version == "3.6" else 48), name
+    mutual = ALL[version]["sm_90"]["mutual, D 128"]
+    assert version != "3.6" or mutual["gradient_kernel"]["stack"] == 0
+    assert max(mutual["stats_kernel"]["loops"]) < 9
+    assert max(mutual["gradient_kernel"]["loops"]) < 19
+
+
+@pytest.fixture
+def allowed() -> dict:
+    return copy.deepcopy(ALL["3.9"])
+
+
+def test_its_own_budget_exceeds_nothing(allowed):
+    assert budgets.exceeded(allowed, ALL["3.9"]) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "message"),
+    [
+        ("registers", 1, "registers 204, allowed 203"),
+        ("stack", 8, "stack 8, allowed 0"),
+        ("shared", 200_000, "the device has 232448"),
+    ],
+)
+def test_what_is_above_its_budget_is_named(allowed, what, change, message):
+    allowed["sm_90"]["mutual, D 128"]["stats_kernel"][what] += change
+    wrong = budgets.exceeded(allowed, ALL["3.9"])
+    assert any(line.startswith("sm_90, mutual, D 128, stats_kernel: ") and message in line for line in wrong)
+
+
+def test_a_slower_or_missing_loop_is_named(allowed):
+    loops = allowed["sm_90"]["mutual, D 128"]["stats_kernel"]["loops"]
+    loops[0] *= 1.05
+    assert len(budgets.exceeded(allowed, ALL["3.9"])) == 1
+    loops.clear()
+    assert len(budgets.exceeded(allowed, ALL["3.9"])) == 1
+
+
+def test_a_kernel_without_budget_is_named(allowed):
+    allowed["sm_90"]["mutual, D 128"]["new_kernel"] = allowed["sm_90"]["mutual, D 128"]["stats_kernel"]
+    assert budgets.exceeded(allowed, ALL["3.9"]) == ["sm_90, mutual, D 128, new_kernel: no budget"]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("3.6", "3.6"), ("3.8", "3.6"), ("3.9", "3.9"), ("3.10", "3.9"), ("3.1", "3.9")]
+)
+def test_the_budget_of_a_version(monkeypatch, version, expected):
+    monkeypatch.setattr(budgets, "version", lambda: version)
+    assert budgets.budget_of(ALL)[0] == expected
