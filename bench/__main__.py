@@ -1,0 +1,35 @@
+"""`python -m bench SUBJECT [options]`: finds the subject and runs it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# Each module has `main(argv) -> exit status`, and is imported only when asked for.
+SUBJECTS = {
+    "loss": "time and peak memory of the losses against plain PyTorch and other libraries",
+    "budgets": "registers, spills, shared memory and instructions of the kernels, without a GPU",
+}
+
+
+def usage() -> str:
+    """What `python -m bench` prints."""
+    width = max(map(len, SUBJECTS))
+    lines = [f"  {name:{width}}  {what}" for name, what in SUBJECTS.items()]
+    return "\n".join(["usage: python -m bench SUBJECT [options]", "", *lines, "", "python -m bench SUBJECT --help"])
+
+
+def main(argv: list[str]) -> int:
+    """Runs the subject that the first argument names; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    subject, *rest = argv
+    if subject not in SUBJECTS:
+        print(f"bench: subject {subject!r} is unknown; allowed: {', '.join(SUBJECTS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"bench.{subject}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
