@@ -91,21 +91,21 @@ def _compiling(capability: int) -> Iterator[dict[str, Any]]:
     import triton
     from triton.runtime.jit import JITFunction
 
-    from kernels import passes_triton
+    from kernels import problem
 
     kernels: dict[str, Any] = {}
-    run, found_capability = JITFunction.run, passes_triton.capability_of
+    run, found_capability = JITFunction.run, problem.capability_of
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernels[self.fn.__name__] = run(self, *arguments, grid=grid, warmup=True, **options)
         return kernels[self.fn.__name__]
 
     triton.runtime.driver.set_active(_CompileOnly(capability))
-    JITFunction.run, passes_triton.capability_of = compile_only, lambda device: capability
+    JITFunction.run, problem.capability_of = compile_only, lambda device: capability
     try:
         yield kernels
     finally:
-        JITFunction.run, passes_triton.capability_of = run, found_capability
+        JITFunction.run, problem.capability_of = run, found_capability
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:

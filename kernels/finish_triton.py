@@ -107,12 +107,12 @@ def collect_kernel(
     n, splits, contrast_share, kl_share, weight_a, weight_b,
     BLOCK: tl.constexpr, PEERS: tl.constexpr, CONTRAST: tl.constexpr, DISTILL: tl.constexpr,
 ):  # fmt: skip
-    for peer in tl.static_range(PEERS):
+    for peer in tl.static_range(2):
         ntxent = 0.0
         kl = 0.0
-        if CONTRAST:
+        if CONTRAST and peer < PEERS:
             ntxent = _sum_rows(contrast_terms + peer * 2 * n, 2 * n, BLOCK) * contrast_share
-        if DISTILL:
+        if DISTILL and peer < PEERS:
             kl = _sum_rows(kl_terms + peer * splits * n, splits * n, BLOCK) * kl_share
         tl.store(loss_a if peer == 0 else loss_b, ntxent + kl * (weight_a if peer == 0 else weight_b))
         tl.store(terms + peer, ntxent)

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels import embed_triton, tiles
 from kernels.collectives import world_size
-from kernels.passes_triton import Embedded, compute, pose
+from kernels.passes_triton import Embedded, compute
+from kernels.problem import pose
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, slowly, for tests
 STORAGE = torch.float16  # of unit vectors; the tests of the arithmetic around it set float32

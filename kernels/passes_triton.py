@@ -18,7 +18,7 @@ slots: 48 to 72 floats a row and peer, written and read once.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,17 +26,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tiles
-from kernels.collectives import rank_in, world_size
 from kernels.finish_triton import collect_kernel, finish_kernel, gather_slots_kernel
 from kernels.gradient_triton import gradient_kernel
+from kernels.problem import Problem
 from kernels.project_triton import project_kernel, strip_product_kernel
 from kernels.stats_safe_triton import stats_safe_kernel
 from kernels.stats_triton import stats_kernel, task_count
-from kernels.tiles import Plan, Temperatures, Tile, Variant, launch
+from kernels.tiles import launch
 
-# Weights W_ij lie between 0 and 2 + kappa; their largest is brought to half of float16's, so that those of 2^20 rows,
-# about 2^-19, are normal numbers still.
-LARGEST_WEIGHT = 32768.0
 STRIP_BYTES = 256 * 2**20  # weights of one strip where gradients do not fit registers
 
 
@@ -46,35 +43,6 @@ class Embedded(NamedTuple):
     z: Tensor  # [2, pitch, P]
     inverse_norm: Tensor  # [2, n]
     positive: Tensor  # [n]
-
-
-class Problem(NamedTuple):
-    """One loss on the host: what is asked, for how many images, and the tiles."""
-
-    n: int
-    rank: int
-    world: int
-    D: tuple[int, ...]  # a peer
-    contrast: bool
-    distill: bool
-    weights: tuple[float, float]
-    factor: float  # what weighted sums are multiplied with to be gradients of this rank's rows (W times the true one)
-    kappas: tuple[float, float]  # the KL's part of a weight, against NT-Xent's (or against 1, alone)
-    kl_share: float  # a row's KL in the value of the global batch
-    temperatures: Temperatures
-    plan: Plan
-
-    @property
-    def peers(self) -> int:
-        return len(self.D)
-
-    def variant(self, tile: Tile, *, peers: slice = slice(2), **options: Any) -> Variant:
-        """What a kernel over `peers` is compiled for; with one peer, b's sizes are a's."""
-        widths, depths = [self.plan.width_a, self.plan.width_b][peers], [*self.plan.depths()][peers]
-        return Variant(
-            widths[0], depths[0], widths[-1], depths[-1], tile.rows, tile.cols, min(self.peers, len(widths)),
-            self.contrast, self.distill, self.temperatures.power, self.temperatures.safe, **options,
-        )  # fmt: skip
 
 
 def compute(
@@ -109,6 +77,16 @@ class _Parts(NamedTuple):
     u_parts: Tensor  # [peers, slots, pitch], no slots where forward does not stand alone
 
 
+def _zeros(problem: Problem, embedded: list[Embedded], *slots: int) -> _Parts:
+    """Zeros of so many slots of l, t and u, in one piece of memory: on small batches launches are what costs."""
+    peers, pitch = problem.peers, problem.plan.pitch
+    sizes = [peers * count * pitch * (2 if k == 0 else 1) for k, count in enumerate(slots)]
+    l_parts, t_parts, u_parts = embedded[0].z.new_zeros(sum(sizes), dtype=torch.float32).split(sizes)
+    return _Parts(
+        l_parts.view(peers, -1, 2, pitch), t_parts.view(peers, -1, pitch), u_parts.view(peers, slots[2], pitch)
+    )
+
+
 def _descriptors(problem: Problem, embedded: list[Embedded], *sides: int) -> list[TensorDescriptor]:
     """z of peer a in blocks of each of `sides` rows, then of peer b; with one peer, b is a."""
     depths = problem.plan.depths()
@@ -125,11 +103,8 @@ def _stats(problem: Problem, embedded: list[Embedded], value: bool) -> _Parts:
     N = problem.n * problem.world
     R, Q = -(-N // plan.row_chunk), plan.row_chunk // plan.col_chunk
     C = R * Q
-    new = embedded[0].z.new_zeros
-    parts = _Parts(
-        new((problem.peers, 2 * C + R if problem.contrast else 1, 2, plan.pitch), dtype=torch.float32),
-        new((problem.peers, C if problem.distill else 1, plan.pitch), dtype=torch.float32),
-        new((problem.peers, C if value else 0, plan.pitch), dtype=torch.float32),
+    parts = _zeros(
+        problem, embedded, 2 * C + R if problem.contrast else 1, C if problem.distill else 1, C if value else 0
     )
     tasks = task_count(R, Q, contrast=problem.contrast)
     descriptors = _descriptors(problem, embedded, tile.rows, tile.cols)
@@ -169,41 +144,6 @@ class _Finished(NamedTuple):
     kl_terms: Tensor  # [peers, splits, n]
 
 
-def capability_of(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; the interpreter runs the tiles of that."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def pose(
-    n: int, D: tuple[int, ...], group: dist.ProcessGroup | None,
-    tau_contrast: float | None, tau_distill: float | None, weights: tuple[float, float], mean: bool,
-    device: torch.device,
-) -> Problem:  # fmt: skip
-    """NT-Xent where `tau_contrast` is given, the KL where `tau_distill` is; `mean`: over all N^2 entries, not rows."""
-    world = world_size(group)
-    N = n * world
-    kl_share = 1.0 / N**2 if mean else 1.0 / N
-    if tau_contrast is not None:
-        factor = world / (2 * N * tau_contrast)
-        ratio = 2 * N * tau_contrast * kl_share / tau_distill if tau_distill is not None else 0.0
-    else:
-        assert tau_distill is not None
-        factor, ratio = world * kl_share / tau_distill, 1.0
-    return Problem(
-        n, rank_in(group), world, D, tau_contrast is not None, tau_distill is not None, weights, factor,
-        (weights[0] * ratio, weights[1] * ratio), kl_share,
-        tiles.temperatures(tau_contrast, tau_distill), tiles.plan(n, world, *D, capability=capability_of(device)),
-    )  # fmt: skip
-
-
-def _weight_scale(problem: Problem) -> float:
-    largest = 2.0 * problem.contrast + max(problem.kappas)
-    return 2.0 ** math.floor(math.log2(LARGEST_WEIGHT / largest))
-
-
 def _finish(problem: Problem, embedded: list[Embedded], parts: _Parts, value: bool) -> _Finished:
     n, pitch, peers, temps = problem.n, problem.plan.pitch, problem.peers, problem.temperatures
     new = parts.l_parts.new_empty
@@ -217,7 +157,7 @@ def _finish(problem: Problem, embedded: list[Embedded], parts: _Parts, value: bo
     launch(
         finish_kernel, (pitch // tiles.BLOCK,), *parts, embedded[0].positive, embedded[-1].positive, *finished,
         n * problem.world, n, pitch, parts.l_parts.shape[1], parts.t_parts.shape[1], problem.rank * n,
-        temps.contrast, temps.distill, _weight_scale(problem),
+        temps.contrast, temps.distill, problem.weight_scale,
         BLOCK=tiles.BLOCK, PEERS=peers, CONTRAST=problem.contrast, DISTILL=problem.distill,
         VALUE=value, SAFE=temps.safe,
     )  # fmt: skip
@@ -226,31 +166,31 @@ def _finish(problem: Problem, embedded: list[Embedded], parts: _Parts, value: bo
 
 def _collect(problem: Problem, finished: _Finished, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_a, loss_b, [ntxent_a, ntxent_b, kl_a, kl_b]) of the global batch; with one peer, b's are zeros."""
-    values = finished.inverse_l.new_zeros(6)
-    outs = (values[0], values[1], values[2:])
+    new = finished.inverse_l.new_empty
+    values = new(6) if problem.world > 1 else None
+    outs = (new(()), new(()), new(4)) if values is None else (values[0], values[1], values[2:])
     splits = finished.kl_terms.shape[1] if problem.distill else 0
     launch(
         collect_kernel, (1,), finished.contrast_terms, finished.kl_terms, *outs,
         problem.n, splits, 1.0 / (2 * problem.n * problem.world), problem.kl_share, *problem.weights,
         BLOCK=4096, PEERS=problem.peers, CONTRAST=problem.contrast, DISTILL=problem.distill, warps=8,
     )  # fmt: skip
-    if problem.world > 1:
-        dist.all_reduce(values, group=group)
+    if values is None:
+        return outs
+    dist.all_reduce(values, group=group)
     return outs[0].clone(), outs[1].clone(), outs[2].clone()  # operators may not return views of one tensor
 
 
 def _safe_stats(problem: Problem, embedded: list[Embedded]) -> _Parts:
     plan, temps, tile = problem.plan, problem.temperatures, problem.plan.tiles.stats_value
-    new = embedded[0].z.new_zeros
-    log_l = new((problem.peers, 1, 2, plan.pitch), dtype=torch.float32)
-    log_t = new((problem.peers, 1, plan.pitch), dtype=torch.float32)
+    parts = _zeros(problem, embedded, 1, 1, 0)
     launch(
         stats_safe_kernel, (-(-problem.n // tile.rows), 2),
-        *_descriptors(problem, embedded, tile.rows, tile.cols), log_l, log_t,
+        *_descriptors(problem, embedded, tile.rows, tile.cols), parts.l_parts, parts.t_parts,
         problem.n * problem.world, problem.n, plan.pitch, problem.rank * problem.n, temps.contrast, temps.distill,
         V=problem.variant(tile), warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
-    return _Parts(log_l, log_t, new((problem.peers, 0, plan.pitch), dtype=torch.float32))
+    return parts
 
 
 # -- pass 2 --------------------------------------------------------------------------------------------------------
@@ -297,7 +237,7 @@ def _pull(
         *_descriptors(problem, embedded, tile.rows, tile.cols, value_cols, narrow),
         finished.inverse_l, finished.inverse_t, outs[0], outs[-1], finished.kl_terms,
         problem.n * problem.world, problem.n, plan.pitch, problem.rank * problem.n, begin, count,
-        temps.contrast, temps.distill, *problem.kappas, _weight_scale(problem),
+        temps.contrast, temps.distill, *problem.kappas, problem.weight_scale,
         V=problem.variant(tile, fused=plan.fused, split=plan.split, value_cols=value_cols, narrow=narrow),
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -320,7 +260,7 @@ def _project(
     sums: list[Tensor], grads: list[Tensor], begin: int, count: int,
 ) -> None:  # fmt: skip
     plan, temps, first = problem.plan, problem.temperatures, problem.rank * problem.n
-    weight_scale = _weight_scale(problem)
+    weight_scale = problem.weight_scale
     for peer, ((x, y), e, g, out) in enumerate(zip(views, embedded, sums, grads, strict=True)):
         width = g.shape[-1]
         P = 1 << (width - 1).bit_length()

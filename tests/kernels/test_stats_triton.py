@@ -7,6 +7,7 @@ import triton.language as tl
 
 from kernels import embed_triton, passes_triton, reference, tiles
 from kernels.passes_triton import Embedded
+from kernels.problem import pose
 from kernels.stats_triton import locate, task_count, walk
 from kernels.tiles import Tile, Tiles, Variant
 
@@ -80,7 +81,7 @@ def test_sums_of_every_row(N, world, tile):
         total = None
         for rank in range(world):
             plan = tiles.plan(N, 1, 12, 40)._replace(tiles=chosen, row_chunk=256, col_chunk=128)
-            problem = passes_triton.pose(N, (12, 40), None, 0.5, 0.1, (1.0, 1.0), False, DEVICE)
+            problem = pose(N, (12, 40), None, 0.5, 0.1, (1.0, 1.0), False, DEVICE)
             # Every rank here holds the images of all, as it does behind the gather.
             problem = problem._replace(plan=plan, n=N // world, rank=rank, world=world)
             parts = passes_triton._stats(problem, [peer for peer, _ in peers], valued)
