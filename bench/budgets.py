@@ -4,9 +4,9 @@
 holds one set a Triton version, since code generation differs between them; `--write` accepts what was found.
 
 Kernels are launched through the project's own launchers, on CPU tensors, with a driver that compiles and runs nothing:
-what is measured is what a GPU would be given.  `loops` lists the inner loops without masks, each in instructions per
-exponential: a pair takes one for each peer (two where the temperatures are no small integer apart, on pairs of view 1
-with view 2).
+what is measured is what a GPU would be given.  `loops` lists the inner loops without masks (with, where there are no
+others): instructions and exponentials that a thread does for one tile.  A pair takes one exponential for each peer, two
+on pairs of view 1 with view 2 where the temperatures are no small integer apart.
 """
 
 from __future__ import annotations
@@ -97,8 +97,11 @@ def _compiling(capability: int) -> Iterator[dict[str, Any]]:
     run, found_capability = JITFunction.run, problem.capability_of
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernels[self.fn.__name__] = run(self, *arguments, grid=grid, warmup=True, **options)
-        return kernels[self.fn.__name__]
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        if not any(kernel is known for known in kernels.values()):  # a second one of that name: other constants
+            count = sum(name.split(" ")[0] == self.fn.__name__ for name in kernels)
+            kernels[self.fn.__name__ + (f" {count + 1}" if count else "")] = kernel
+        return kernel
 
     triton.runtime.driver.set_active(_CompileOnly(capability))
     JITFunction.run, problem.capability_of = compile_only, lambda device: capability
@@ -135,12 +138,13 @@ def measure(kernel: Any) -> dict[str, Any]:
         listing = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    loops = [sum(loop.values()) / loop["MUFU"] for loop in _inner_loops(listing)]
     return {
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,
-        "loops": sorted(round(loop, 2) for loop in loops),
+        "loops": sorted([sum(loop.values()), loop["MUFU"]] for loop in _inner_loops(listing)),
     }
 
 
@@ -173,7 +177,8 @@ def _inner_loops(listing: str) -> list[Counter[str]]:
         if all(span[1] < begin or span[0] > end for begin, end, _ in inner):
             inner.append(span)
     # A mask is a select for every pair.
-    return [opcodes for _, _, opcodes in inner if opcodes["FSEL"] + opcodes["SEL"] < opcodes["MUFU"] / 2]
+    unmasked = [opcodes for _, _, opcodes in inner if opcodes["FSEL"] + opcodes["SEL"] < opcodes["MUFU"] / 2]
+    return unmasked or [opcodes for _, _, opcodes in inner]
 
 
 def _opcode(instruction: str) -> str:
@@ -206,12 +211,21 @@ def exceeded(found: dict[str, Any], allowed: dict[str, Any]) -> list[str]:
                     for what in ("registers", "stack", "shared")
                     if now[what] > budget[what]
                 ]
+                wrong += [
+                    f"{where}: {what} {now[what]}, the budget is for {budget[what]}"
+                    for what in ("warps", "stages")
+                    if now[what] != budget[what]
+                ]
                 if now["shared"] > limit:
                     wrong.append(f"{where}: shared {now['shared']}, the device has {limit}")
                 if len(now["loops"]) != len(budget["loops"]) or any(
-                    a > b * TOLERANCE for a, b in zip(now["loops"], budget["loops"], strict=False)
+                    a > b * TOLERANCE or exponentials > allowed_exponentials
+                    for (a, exponentials), (b, allowed_exponentials) in zip(now["loops"], budget["loops"], strict=False)
                 ):
                     wrong.append(f"{where}: instructions in loops {now['loops']}, allowed {budget['loops']}")
+        for case, kernels in allowed.get(architecture, {}).items():
+            missing = kernels.keys() - cases.get(case, {}).keys()
+            wrong += [f"{architecture}, {case}, {kernel}: has a budget, but was not compiled" for kernel in missing]
     return wrong
 
 

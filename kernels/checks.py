@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +19,7 @@ def check_backend(backend: str) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, int | float) and 0 < value < float("inf")):  # not math.isfinite: torch.compile
         raise ValueError(f"{name}: must be positive and finite, found {value!r}")
 
 
@@ -32,7 +30,7 @@ def check_reduction(kl_reduction: str) -> None:
 
 def check_weights(weights: tuple[float, float]) -> None:
     pair = isinstance(weights, tuple | list) and len(weights) == 2
-    if not (pair and all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights)):
+    if not (pair and all(isinstance(w, int | float) and 0 <= w < float("inf") for w in weights)):
         raise ValueError(f"weights: two finite numbers >= 0 (one a peer), found {weights!r}")
 
 

@@ -31,7 +31,8 @@ def _unit(raw, stride_row, stride_col, rows, cols, mask):
     largest = tl.where(largest == 0, 1.0, largest)
     x = x / largest[:, None]
     norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPSILON)
-    return x / norm[:, None], 1.0 / norm / largest
+    # At most what float32 holds: infinity times an entry of zero would make the gradient NaN.
+    return x / norm[:, None], tl.minimum(1.0 / norm / largest, 3.0e38)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Legend
   N, n  images of the global batch and of this rank     pitch  rows that a view takes up in z     M = 2N
   i, j  images; a row is an image in one view     e_ij, x_ij, l_i, t_i  as in stats_triton.py     P = x / t
-  r_i = weight_scale / l_i, y_i = weight_scale / t_i (inverse_l, inverse_t of finish_triton.py)
+  inverse_l, inverse_t  scale / l_i, 1 / t_i;  scale  of either peer's weights, so that float16 holds them
   V.rows x V.cols  a tile
 
     gradient of z_i = factor * (sum_j W_ij z_j - 2 z_pos(i)),           W_ij = e_ij (1 / l_i + 1 / l_j)
@@ -11,11 +11,10 @@ Legend
 
 A program owns V.rows rows of one view, for both peers, and walks over all columns: no two programs write to one place,
 so results are equal to the bit in every run.  Tiles are computed again from z; what pass 1 knew of them is in l and t.
-The positive pair is left out of W and added in float32 with its whole coefficient, e / l_i - 1 + e / l_j - 1, by
-project_triton.py: where a row has learned its positive, that is a small difference of large numbers, of which float16
-weights would leave their rounding.  Positive pair and normalisation have a kernel of their own because at the end of
-this one they would spill (880 bytes at D = 128 against 0); they read and write the gradient once more, 0.5 % of the
-time at M = 65,536 by count of bytes.
+The positive pair is left out of W and of the KL's value; finish_triton.py has its weight in full precision, since where
+a row has learned its positive that is a small difference of large numbers.  project_triton.py adds it, and goes through
+the normalisation, in a kernel of its own: at the end of this one that spilled 880 bytes at D = 128, and the rest alone
+0 (triton 3.6) to 48.  It reads and writes the gradient once more, 0.5 % of the time at M = 65,536 by count of bytes.
 
 Tiles with masks are narrow, and so are those with the KL's value: the two gradients of 64 x 128 take half of all
 registers, and a tile of 64 columns leaves room for the plain weights alone.
@@ -41,19 +40,19 @@ def _row_partial(v, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _contrast(s, e, l_row, l_col, contrast, weight_scale, V: tl.constexpr):
+def _contrast(s, e, l_row, l_col, logit, weight_scale, V: tl.constexpr):
     """W_ij of NT-Xent: e (1 / l_i + 1 / l_j), from inverse sums or, safe, from logarithms."""
     if V.safe:
-        return (tl.exp2(s * contrast - l_row) + tl.exp2(s * contrast - l_col)) * weight_scale
+        return (tl.exp2(s * logit - l_row) + tl.exp2(s * logit - l_col)) * weight_scale
     else:
         return e * (l_row + l_col)
 
 
 @triton.jit
-def _softmax(s, x, t, distill, weight_scale, V: tl.constexpr):
-    """P_ij of the KL, times weight_scale."""
+def _softmax(s, x, t, logit, V: tl.constexpr):
+    """P_ij of the KL."""
     if V.safe:
-        return tl.exp2(s * distill - t) * weight_scale
+        return tl.exp2(s * logit - t)
     else:
         return x * t
 
@@ -70,22 +69,25 @@ def _weigh(
     l_row_a, l_row_b, t_row_a, t_row_b = row_norms
     l_cols_a, l_cols_b, t_cols_a, t_cols_b = col_norms
     contrast, distill = logits
-    kappa_a, kappa_b, weight_scale = weights
+    kappa_a, kappa_b, scale_a, scale_b = weights
     j = col + tl.arange(0, COLS)
-    e_a, x_a = exponentials(s_a, distill, V)
-    e_b, x_b = exponentials(s_b, distill, V)
+    e_a, x_a = exponentials(s_a, logits, V)
+    e_b, x_b = exponentials(s_b, logits, V)
     w_a = tl.full([V.rows, COLS], 0.0, tl.float32)
     w_b = w_a
+    # Not itself in its own view, not its positive in the other; and nothing behind N, where z = 0 does not do, since
+    # 1 / l_i times 2^0 may be infinite.
+    counts = ((row + tl.arange(0, V.rows))[:, None] != j[None, :]) & (j[None, :] < N)
     if V.distill and not SAME:
         if FIRST:
             t_a, t_b = t_row_a[:, None], t_row_b[:, None]
         else:
             t_a, t_b = tl.load(t_cols_a + j)[None, :], tl.load(t_cols_b + j)[None, :]
-        p_a = _softmax(s_a, x_a, t_a, distill, weight_scale, V)
-        difference = p_a - _softmax(s_b, x_b, t_b, distill, weight_scale, V)
+        p_a = _softmax(s_a, x_a, t_a, distill, V)
+        difference = p_a - _softmax(s_b, x_b, t_b, distill, V)
         if EDGE:
-            p_a = tl.where(j[None, :] < N, p_a, 0.0)
-            difference = tl.where(j[None, :] < N, difference, 0.0)
+            p_a = tl.where(counts, p_a, 0.0)
+            difference = tl.where(counts, difference, 0.0)
         if FIRST:
             log_ratio = t_b - t_a if V.safe else tl.log2(t_a) - tl.log2(t_b)
             u = s_a - s_b + log_ratio / distill
@@ -94,16 +96,13 @@ def _weigh(
         w_a = kappa_a * difference
         w_b = -kappa_b * difference
     if V.contrast:
-        c_a = _contrast(s_a, e_a, l_row_a[:, None], tl.load(l_cols_a + j)[None, :], contrast, weight_scale, V)
+        c_a = _contrast(s_a, e_a, l_row_a[:, None], tl.load(l_cols_a + j)[None, :], contrast, scale_a, V)
         c_b = c_a
         if V.peers == 2:
-            c_b = _contrast(s_b, e_b, l_row_b[:, None], tl.load(l_cols_b + j)[None, :], contrast, weight_scale, V)
+            c_b = _contrast(s_b, e_b, l_row_b[:, None], tl.load(l_cols_b + j)[None, :], contrast, scale_b, V)
         if EDGE:
-            # Itself in its own view, its positive in the other.
-            # Behind N, z = 0 does not do: 1 / l_i times 2^0 may be infinite.
-            apart = ((row + tl.arange(0, V.rows))[:, None] != j[None, :]) & (j[None, :] < N)
-            c_a = tl.where(apart, c_a, 0.0)
-            c_b = tl.where(apart, c_b, 0.0)
+            c_a = tl.where(counts, c_a, 0.0)
+            c_b = tl.where(counts, c_b, 0.0)
         w_a += c_a
         w_b += c_b
     return w_a, w_b, value_b, value_sum
@@ -245,11 +244,11 @@ def _pull_rows(
     )  # fmt: skip
     image = begin + local
     if V.distill and FIRST:
-        unit = LN_2 * logits[1] / weights[2]
+        unit = LN_2 * logits[1]
         kl_b, both = tl.sum(value_b, axis=1) * unit, tl.sum(value_sum, axis=1) * unit
         at = kl_terms + part * n + image
         tl.store(at, both - kl_b, mask=local < count)
-        tl.store(at + V.split * n, kl_b, mask=local < count)
+        tl.store(at + (V.split + 1) * n, kl_b, mask=local < count)
     if V.fused:
         k = (part * 2 + view) * tl.cast(n, tl.int64)
         store_rows(out_a + k * V.width_a, g_a, image, n, V.width_a, V.width_a)
@@ -265,8 +264,8 @@ def gradient_kernel(
     inverse_l,  # [peers, 2, pitch]
     inverse_t,  # [peers, pitch]
     out_a, out_b,  # sums [split, 2, n, P] float32; not fused: strips [2, count, 2 pitch] of weights
-    kl_terms,  # [peers, split, n] out: KL of each row
-    N, n, pitch, first, begin, count, contrast, distill, kappa_a, kappa_b, weight_scale,
+    kl_terms,  # [peers, split + 1, n] out: KL of each row, but for the positive's part in the last place
+    N, n, pitch, first, begin, count, contrast, distill, kappa_a, kappa_b, scale_a, scale_b,
     V: tl.constexpr,
 ):  # fmt: skip
     """V.rows images of one view a program and, with V.split, a part of the columns.
@@ -279,7 +278,7 @@ def gradient_kernel(
     z_value, z_narrow = (a_rows, a_value, b_rows, b_value), (a_rows, a_narrow, b_rows, b_narrow)
     norms, outs = (inverse_l, inverse_t), (out_a, out_b)
     sizes = (N, n, pitch, first, begin, count)
-    logits, weights = (contrast, distill), (kappa_a, kappa_b, weight_scale)
+    logits, weights = (contrast, distill), (kappa_a, kappa_b, scale_a, scale_b)
     if tl.program_id(2) == 0:
         _pull_rows(z, z_value, z_narrow, norms, outs, kl_terms, block, part, sizes, logits, weights, V, True)
     else:

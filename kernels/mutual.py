@@ -2,7 +2,8 @@
 
 The maths stands in reference.py.  Backends:
 
-  triton   NVIDIA GPUs from compute capability 8.0: fused kernels (mutual_triton.py), no similarity matrix in memory.
+  triton   NVIDIA GPUs from compute capability 8.0: fused kernels (mutual_triton.py), no similarity matrix in memory
+           (wider than 256 over both peers: strips of 256 MiB of it, or of 512 images where that is more).
            Cosines are of unit vectors in float16, sums in float32; widths up to 2048; inputs up to float32.
   torch    any device, float32 and float64 (half inputs are computed in float32); holds matrices of similarities.
 
@@ -50,6 +51,7 @@ class GatheredViews(NamedTuple):
 
     x: Tensor
     y: Tensor
+    versions: tuple[int, int]  # of x and y, which an operation in place would raise
     settings: tuple[float, float, dist.ProcessGroup | None]  # temperatures and group
     under_way: mutual_triton.Gathering | None  # None with the torch backend, which gathers with its gradients
 
@@ -182,7 +184,8 @@ def gather_views(
     """Starts the exchange of one peer's embeddings between ranks, for `mutual_loss(..., gathered=...)`.
 
     Returns at once; between this call and the loss the other peer's forward can run.  The loss must be given the same
-    tensors, temperatures, group and backend.  With the torch backend nothing is under way, and the loss gathers.
+    tensors, unchanged, and the same temperatures, group and backend.  With the torch backend nothing is under way, and
+    the loss gathers.  For eager code: torch.compile does not take it in.
     Raises ValueError, naming the argument, as `mutual_loss` does.
     """
     checks.check_backend(backend)
@@ -192,7 +195,7 @@ def gather_views(
     under_way = None
     if _chosen(backend, x, y) == "triton":
         under_way = mutual_triton.start_gather(x, y, float(tau_contrast), float(tau_distill), group)
-    return GatheredViews(x, y, (tau_contrast, tau_distill, group), under_way)
+    return GatheredViews(x, y, (x._version, y._version), (tau_contrast, tau_distill, group), under_way)
 
 
 # -- choice of backend ---------------------------------------------------------------------------------------------
@@ -277,10 +280,17 @@ def _check_gathered(
     y: tuple[Tensor, Tensor],
     settings: tuple[float, float, dist.ProcessGroup | None],
 ) -> None:
+    pair = isinstance(gathered, tuple | list) and not isinstance(gathered, GatheredViews) and len(gathered) == 2
+    if not (pair and all(handle is None or isinstance(handle, GatheredViews) for handle in gathered)):
+        raise ValueError(
+            f"gathered: two of what gather_views returns, or None, one a peer; found {type(gathered).__name__}"
+        )
     for peer, handle in enumerate(gathered):
         if handle is None:
             continue
         if handle.x is not x[peer] or handle.y is not y[peer]:
             raise ValueError(f"gathered[{peer}]: was started with other embeddings than those of this call")
+        if handle.versions != (handle.x._version, handle.y._version):
+            raise ValueError(f"gathered[{peer}]: the embeddings were changed in place since it was started")
         if handle.settings != settings:
             raise ValueError(f"gathered[{peer}]: was started with other temperatures or another group than this call's")

@@ -26,10 +26,12 @@ STORAGE = torch.float16  # of unit vectors; the tests of the arithmetic around i
 
 
 def _embed(
-    x: Tensor, y: Tensor, scale: float, group: dist.ProcessGroup | None, *, wait: bool = True
-) -> tuple[Embedded, list[dist.Work]]:
+    x: Tensor, y: Tensor, tau_contrast: float | None, tau_distill: float | None, group: dist.ProcessGroup | None,
+    *, wait: bool = True,
+) -> tuple[Embedded, list[dist.Work]]:  # fmt: skip
     """Pass 0 and the gather of its vectors; unless `wait`, the gathers are still under way."""
     n, D = x.shape
+    scale = tiles.temperatures(tau_contrast, tau_distill).scale
     world = world_size(group)
     width, pitch = tiles.padded_width(D), tiles.pitch(n * world)
     rows = pitch if world == 1 else n
@@ -55,13 +57,15 @@ def _group(name: str) -> dist.ProcessGroup | None:
 
 
 @torch.library.custom_op("dogo::embed", mutates_args=())
-def embed_op(x: Tensor, y: Tensor, scale: float, group: str) -> tuple[Tensor, Tensor, Tensor]:
+def embed_op(
+    x: Tensor, y: Tensor, tau_contrast: float | None, tau_distill: float | None, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(x):
-        return tuple(_embed(x, y, scale, _group(group))[0])  # type: ignore[return-value]
+        return tuple(_embed(x, y, tau_contrast, tau_distill, _group(group))[0])  # type: ignore[return-value]
 
 
 @embed_op.register_fake
-def _(x: Tensor, y: Tensor, scale: float, group: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(x, y, tau_contrast, tau_distill, group):
     n, D = x.shape
     shape = (2, tiles.pitch(n * world_size(_group(group))), tiles.padded_width(D))
     return (
@@ -171,9 +175,8 @@ def start_gather(
     x: Tensor, y: Tensor, tau_contrast: float, tau_distill: float, group: dist.ProcessGroup | None
 ) -> Gathering:
     """Begins pass 0 of one peer for a `mutual` of the same temperatures and group."""
-    scale = tiles.temperatures(tau_contrast, tau_distill).scale
     with torch.no_grad(), torch.cuda.device_of(x):
-        return Gathering(*_embed(x.detach(), y.detach(), scale, group, wait=False))
+        return Gathering(*_embed(x.detach(), y.detach(), tau_contrast, tau_distill, group, wait=False))
 
 
 def _wanted(*views: Tensor) -> bool:
@@ -182,7 +185,7 @@ def _wanted(*views: Tensor) -> bool:
 
 def ntxent(x: Tensor, y: Tensor, tau: float, group: dist.ProcessGroup | None) -> Tensor:
     """NT-Xent of the global batch; gradients W times the true ones."""
-    embedded = embed_op(x.detach(), y.detach(), tiles.temperatures(tau, None).scale, _name(group))
+    embedded = embed_op(x.detach(), y.detach(), tau, None, _name(group))
     return ntxent_op(x, y, *embedded, tau, _name(group), _wanted(x, y))[0]
 
 
@@ -196,11 +199,10 @@ def mutual(
     started: tuple[Gathering | None, Gathering | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_a, loss_b, [ntxent_a, ntxent_b, kl_a, kl_b]); the KLs alone where `tau_contrast` is None."""
-    scale = tiles.temperatures(tau_contrast, tau_distill).scale
     inputs: list[Tensor] = []
     for (x, y), gathering in zip(views, started, strict=True):
         if gathering is None:
-            embedded = embed_op(x.detach(), y.detach(), scale, _name(group))
+            embedded = embed_op(x.detach(), y.detach(), tau_contrast, tau_distill, _name(group))
         else:
             for work in gathering.works:
                 work.wait()

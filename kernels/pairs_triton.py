@@ -45,12 +45,14 @@ def power(x, K: tl.constexpr):
 
 
 @triton.jit
-def exponentials(s, distill, V: tl.constexpr):
+def exponentials(s, logits, V: tl.constexpr):
     """(e, x) of a tile: one exponential where the temperatures are a small integer apart, else two."""
-    e = tl.exp2(s)
+    contrast, distill = logits
     if V.power > 0:
+        e = tl.exp2(s)
         return e, power(e, V.power)
     elif V.power < 0:
-        return power(e, -V.power), e
+        x = tl.exp2(s)
+        return power(x, -V.power), x
     else:
-        return e, tl.exp2(s * distill)
+        return tl.exp2(s * contrast), tl.exp2(s * distill)

@@ -5,19 +5,19 @@ Legend
   maths: reference.py; pass 0 embed_triton.py, pass 1 stats_triton.py, pass 2 gradient_triton.py
 
 Gradients are computed with the loss, in one call: `backward` multiplies them with the upstream gradient.  Float32
-memory is what leaves (the gradients) and slots of row sums; float16 embeddings are all that is read M / 64 times.
+memory is what leaves (the gradients) and room for row sums; float16 embeddings are all that is read M / 64 times.
 
-Across ranks: embeddings are gathered once (float16), four sums a row are added over ranks (l and t of both peers), and
-each rank computes the gradient of its own rows from them, W times the true one (collectives.py); nothing is exchanged
-for gradients.  Pass 1's chunks are shared among ranks, each pair computed once in the cluster.
+Across ranks: embeddings are gathered once (float16), four sums a row are added over ranks (l', t' and the positives of
+both peers; five where forward stands alone), and each rank computes the gradient of its own rows from them, W times the
+true one (collectives.py); nothing is exchanged for gradients.  Pass 1's chunks are shared among ranks, each pair
+computed once in the cluster.
 
 Every sum has a fixed order, so a result is equal to the bit in every run with the same number of ranks.  That costs the
-slots: 48 to 72 floats a row and peer, written and read once.
+room: 40 to 56 floats a row and peer, divided by the root of the number of ranks, written and read once.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -26,12 +26,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tiles
-from kernels.finish_triton import collect_kernel, finish_kernel, gather_slots_kernel
+from kernels.finish_triton import collect_kernel, finish_kernel
 from kernels.gradient_triton import gradient_kernel
 from kernels.problem import Problem
 from kernels.project_triton import project_kernel, strip_product_kernel
 from kernels.stats_safe_triton import stats_safe_kernel
-from kernels.stats_triton import stats_kernel, task_count
+from kernels.stats_triton import gather_tasks_kernel, stats_kernel, task_count
 from kernels.tiles import launch
 
 STRIP_BYTES = 256 * 2**20  # weights of one strip where gradients do not fit registers
@@ -54,37 +54,18 @@ def compute(
 ) -> tuple[Tensor, ...]:
     """(loss_a, loss_b, terms [4]) of the global batch and, asked for, the gradients [2, n, D] float32 a peer."""
     safe = problem.temperatures.safe
-    value_in_stats = problem.distill and not gradients and not safe
-    parts = _safe_stats(problem, embedded) if safe else _stats(problem, embedded, value_in_stats)
+    valued = problem.distill and not gradients and not safe  # forward alone: the KL's value comes from pass 1
+    sums = _safe_stats(problem, embedded) if safe else _stats(problem, embedded, valued)
     if problem.world > 1:
-        parts = _over_ranks(parts, group)
-    finished = _finish(problem, embedded, parts, value_in_stats)
-    del parts  # their memory serves the gradients
+        dist.all_reduce(sums, group=group)
+    finished = _finish(problem, sums, valued)
     grads: list[Tensor] = []
-    if gradients or (problem.distill and not value_in_stats):
+    if gradients or (problem.distill and not valued):
         grads = _gradients(problem, views, embedded, finished)
     return *_collect(problem, finished, group), *(grads if gradients else [])
 
 
 # -- pass 1 --------------------------------------------------------------------------------------------------------
-
-
-class _Parts(NamedTuple):
-    """Row sums of pass 1, in slots."""
-
-    l_parts: Tensor  # [peers, slots, 2, pitch]
-    t_parts: Tensor  # [peers, slots, pitch]
-    u_parts: Tensor  # [peers, slots, pitch], no slots where forward does not stand alone
-
-
-def _zeros(problem: Problem, embedded: list[Embedded], *slots: int) -> _Parts:
-    """Zeros of so many slots of l, t and u, in one piece of memory: on small batches launches are what costs."""
-    peers, pitch = problem.peers, problem.plan.pitch
-    sizes = [peers * count * pitch * (2 if k == 0 else 1) for k, count in enumerate(slots)]
-    l_parts, t_parts, u_parts = embedded[0].z.new_zeros(sum(sizes), dtype=torch.float32).split(sizes)
-    return _Parts(
-        l_parts.view(peers, -1, 2, pitch), t_parts.view(peers, -1, pitch), u_parts.view(peers, slots[2], pitch)
-    )
 
 
 def _descriptors(problem: Problem, embedded: list[Embedded], *sides: int) -> list[TensorDescriptor]:
@@ -97,41 +78,55 @@ def _descriptors(problem: Problem, embedded: list[Embedded], *sides: int) -> lis
     ]
 
 
-def _stats(problem: Problem, embedded: list[Embedded], value: bool) -> _Parts:
-    plan, temps = problem.plan, problem.temperatures
-    tile = plan.tiles.stats_value if value else plan.tiles.stats
-    N = problem.n * problem.world
-    R, Q = -(-N // plan.row_chunk), plan.row_chunk // plan.col_chunk
-    C = R * Q
-    parts = _zeros(
-        problem, embedded, 2 * C + R if problem.contrast else 1, C if problem.distill else 1, C if value else 0
-    )
-    tasks = task_count(R, Q, contrast=problem.contrast)
+def _stats(problem: Problem, embedded: list[Embedded], valued: bool) -> Tensor:
+    """This rank's part of the row sums, [peers, 5, pitch] as gather_tasks_kernel lists them."""
+    plan, temps, peers = problem.plan, problem.temperatures, problem.peers
+    tile = plan.tiles.stats_value if valued else plan.tiles.stats
+    R, Q = problem.chunks
+    tasks = -(-task_count(R, Q, contrast=problem.contrast) // problem.world)
+    cross_tasks = -(-task_count(R, Q, contrast=False) // problem.world)
+    # In one piece: on small batches launches are what costs.
+    sizes = [
+        peers * tasks * plan.row_chunk * problem.contrast,
+        peers * tasks * plan.col_chunk * problem.contrast,
+        peers * cross_tasks * plan.row_chunk * problem.distill,
+        peers * cross_tasks * plan.row_chunk * valued,
+    ]
+    parts = embedded[0].z.new_zeros(sum(sizes), dtype=torch.float32).split(sizes)
     descriptors = _descriptors(problem, embedded, tile.rows, tile.cols)
     # Peers meet in pass 1 for the KL's value alone; one at a time leaves registers for larger tiles.
-    launches = [(0, problem.peers)] if value else [(peer, peer + 1) for peer in range(problem.peers)]
+    launches = [(0, peers)] if valued else [(peer, peer + 1) for peer in range(peers)]
     for peer, end in launches:
         own = (*descriptors[2 * peer : 2 * peer + 2], *descriptors[2 * end - 2 : 2 * end])
+        room = (part[peer * (size // peers) :] for part, size in zip(parts, sizes, strict=True))
         launch(
-            stats_kernel, (-(-tasks // problem.world),), *own, *(part[peer:] for part in parts),
-            N, plan.pitch, R, Q, plan.col_chunk, problem.rank, problem.world, temps.distill,
-            V=problem.variant(tile, peers=slice(peer, end), valued=value), warps=tile.warps, stages=tile.stages,
+            stats_kernel, (tasks,), *own, *room,
+            problem.N, plan.pitch, R, Q, plan.col_chunk, tasks, cross_tasks, problem.rank, problem.world,
+            temps.contrast, temps.distill,
+            V=problem.variant(tile, peers=slice(peer, end), valued=valued), warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
-    return parts
+    sums = embedded[0].z.new_empty((peers, 5, plan.pitch), dtype=torch.float32)
+    launch(
+        gather_tasks_kernel, (plan.pitch // tiles.BLOCK, peers), *parts,
+        embedded[0].positive, embedded[-1].positive, sums,
+        problem.N, problem.n, plan.pitch, problem.first, R, Q, plan.col_chunk, tasks, cross_tasks,
+        problem.rank, problem.world,
+        BLOCK=tiles.BLOCK, CONTRAST=problem.contrast, DISTILL=problem.distill, VALUED=valued,
+    )  # fmt: skip
+    return sums
 
 
-def _over_ranks(parts: _Parts, group: dist.ProcessGroup | None) -> _Parts:
-    """Sums over slots and ranks, one slot each: the only exchange that the gradients need."""
-    used = [part for part in parts if part.numel()]
-    sums = parts.l_parts.new_empty(sum(part[:, 0].numel() for part in used))
-    one_slot = []
-    for part, flat in zip(used, sums.split([part[:, 0].numel() for part in used]), strict=True):
-        peers, slots, *inner = part.shape
-        count = math.prod(inner)
-        launch(gather_slots_kernel, (count // tiles.BLOCK, peers), part, flat, slots, count, BLOCK=tiles.BLOCK)
-        one_slot.append(flat.view(peers, 1, *inner))
-    dist.all_reduce(sums, group=group)
-    return _Parts(*one_slot, *parts[len(used) :])
+def _safe_stats(problem: Problem, embedded: list[Embedded]) -> Tensor:
+    """The same in logarithms of base 2, of this rank's rows; zeros elsewhere."""
+    plan, temps, tile = problem.plan, problem.temperatures, problem.plan.tiles.stats_value
+    sums = embedded[0].z.new_zeros((problem.peers, 5, plan.pitch), dtype=torch.float32)
+    launch(
+        stats_safe_kernel, (-(-problem.n // tile.rows), 2), *_descriptors(problem, embedded, tile.rows, tile.cols),
+        embedded[0].positive, embedded[-1].positive, sums,
+        problem.N, problem.n, plan.pitch, problem.first, temps.contrast, temps.distill,
+        V=problem.variant(tile), warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return sums
 
 
 # -- between and behind the passes ---------------------------------------------------------------------------------
@@ -140,26 +135,24 @@ def _over_ranks(parts: _Parts, group: dist.ProcessGroup | None) -> _Parts:
 class _Finished(NamedTuple):
     inverse_l: Tensor  # [peers, 2, pitch]
     inverse_t: Tensor  # [peers, pitch]
+    positive_weights: Tensor  # [peers, n]
     contrast_terms: Tensor  # [peers, 2, n]
-    kl_terms: Tensor  # [peers, splits, n]
+    kl_terms: Tensor  # [peers, splits + 1, n]
 
 
-def _finish(problem: Problem, embedded: list[Embedded], parts: _Parts, value: bool) -> _Finished:
+def _finish(problem: Problem, sums: Tensor, valued: bool) -> _Finished:
     n, pitch, peers, temps = problem.n, problem.plan.pitch, problem.peers, problem.temperatures
-    new = parts.l_parts.new_empty
-    splits = 1 if value else problem.plan.split
+    splits = 0 if valued else problem.plan.split
+    new = sums.new_empty
     finished = _Finished(
-        new((peers, 2, pitch)),
-        new((peers, pitch)),
-        new((peers, 2, n)),
-        new((peers, splits, n)) if problem.distill else new(1),
+        new((peers, 2, pitch)), new((peers, pitch)), new((peers, n)), new((peers, 2, n)), new((peers, splits + 1, n))
     )
     launch(
-        finish_kernel, (pitch // tiles.BLOCK,), *parts, embedded[0].positive, embedded[-1].positive, *finished,
-        n * problem.world, n, pitch, parts.l_parts.shape[1], parts.t_parts.shape[1], problem.rank * n,
-        temps.contrast, temps.distill, problem.weight_scale,
+        finish_kernel, (pitch // tiles.BLOCK,), sums, *finished,
+        problem.N, n, pitch, splits, problem.first, temps.contrast, temps.distill,
+        *problem.kappas, *problem.weight_scales,
         BLOCK=tiles.BLOCK, PEERS=peers, CONTRAST=problem.contrast, DISTILL=problem.distill,
-        VALUE=value, SAFE=temps.safe,
+        VALUED=valued, SAFE=temps.safe,
     )  # fmt: skip
     return finished
 
@@ -169,28 +162,15 @@ def _collect(problem: Problem, finished: _Finished, group: dist.ProcessGroup | N
     new = finished.inverse_l.new_empty
     values = new(6) if problem.world > 1 else None
     outs = (new(()), new(()), new(4)) if values is None else (values[0], values[1], values[2:])
-    splits = finished.kl_terms.shape[1] if problem.distill else 0
     launch(
         collect_kernel, (1,), finished.contrast_terms, finished.kl_terms, *outs,
-        problem.n, splits, 1.0 / (2 * problem.n * problem.world), problem.kl_share, *problem.weights,
+        problem.n, finished.kl_terms.shape[1] - 1, 1.0 / (2 * problem.N), problem.kl_share, *problem.weights,
         BLOCK=4096, PEERS=problem.peers, CONTRAST=problem.contrast, DISTILL=problem.distill, warps=8,
     )  # fmt: skip
     if values is None:
         return outs
     dist.all_reduce(values, group=group)
     return outs[0].clone(), outs[1].clone(), outs[2].clone()  # operators may not return views of one tensor
-
-
-def _safe_stats(problem: Problem, embedded: list[Embedded]) -> _Parts:
-    plan, temps, tile = problem.plan, problem.temperatures, problem.plan.tiles.stats_value
-    parts = _zeros(problem, embedded, 1, 1, 0)
-    launch(
-        stats_safe_kernel, (-(-problem.n // tile.rows), 2),
-        *_descriptors(problem, embedded, tile.rows, tile.cols), parts.l_parts, parts.t_parts,
-        problem.n * problem.world, problem.n, plan.pitch, problem.rank * problem.n, temps.contrast, temps.distill,
-        V=problem.variant(tile), warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
-    return parts
 
 
 # -- pass 2 --------------------------------------------------------------------------------------------------------
@@ -230,14 +210,15 @@ def _strip_rows(problem: Problem) -> int:
 def _pull(
     problem: Problem, embedded: list[Embedded], finished: _Finished, outs: list[Tensor], begin: int, count: int
 ) -> None:
-    plan, temps = problem.plan, problem.temperatures
+    plan, temps, scales = problem.plan, problem.temperatures, problem.weight_scales
     _, _, tile, value_cols, narrow = plan.tiles
     launch(
         gradient_kernel, (-(-count // tile.rows), plan.split, 2),
         *_descriptors(problem, embedded, tile.rows, tile.cols, value_cols, narrow),
         finished.inverse_l, finished.inverse_t, outs[0], outs[-1], finished.kl_terms,
-        problem.n * problem.world, problem.n, plan.pitch, problem.rank * problem.n, begin, count,
-        temps.contrast, temps.distill, *problem.kappas, problem.weight_scale,
+        problem.N, problem.n, plan.pitch, problem.first, begin, count,
+        temps.contrast, temps.distill, *(kappa * scale for kappa, scale in zip(problem.kappas, scales, strict=True)),
+        *scales,
         V=problem.variant(tile, fused=plan.fused, split=plan.split, value_cols=value_cols, narrow=narrow),
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -249,7 +230,7 @@ def _strip_product(problem: Problem, strip: Tensor, z: Tensor, count: int) -> Te
     columns = min(128, width)
     launch(
         strip_product_kernel, (-(-count // 128), -(-width // columns), 2), strip, z, g,
-        count, problem.n * problem.world, plan.pitch,
+        count, problem.N, plan.pitch,
         WIDTH=width, BM=128, BK=64, BW=columns, CONTRAST=problem.contrast, warps=8,
     )  # fmt: skip
     return g
@@ -259,17 +240,14 @@ def _project(
     problem: Problem, views: list[tuple[Tensor, Tensor]], embedded: list[Embedded], finished: _Finished,
     sums: list[Tensor], grads: list[Tensor], begin: int, count: int,
 ) -> None:  # fmt: skip
-    plan, temps, first = problem.plan, problem.temperatures, problem.rank * problem.n
-    weight_scale = problem.weight_scale
     for peer, ((x, y), e, g, out) in enumerate(zip(views, embedded, sums, grads, strict=True)):
         width = g.shape[-1]
         P = 1 << (width - 1).bit_length()
         block = max(1, 2048 // P)
         launch(
-            project_kernel, (-(-count // block), 2), g, x, y, e.inverse_norm, e.positive,
-            finished.inverse_l[peer, 0, first:], out,
-            begin, count, problem.n, problem.D[peer], plan.pitch, g.shape[0],
-            problem.factor / (weight_scale * temps.scale), problem.factor, temps.contrast, weight_scale,
+            project_kernel, (-(-count // block), 2), g, x, y, e.inverse_norm, finished.positive_weights[peer], out,
+            begin, count, problem.n, problem.D[peer], g.shape[0],
+            problem.factor / (problem.weight_scales[peer] * problem.temperatures.scale), problem.factor,
             *x.stride(), *y.stride(),
-            P=P, WIDTH=width, BLOCK=block, CONTRAST=problem.contrast, SAFE=temps.safe,
+            P=P, WIDTH=width, BLOCK=block,
         )  # fmt: skip

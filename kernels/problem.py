@@ -41,6 +41,20 @@ class Problem(NamedTuple):
     def peers(self) -> int:
         return len(self.D)
 
+    @property
+    def N(self) -> int:  # noqa: N802
+        return self.n * self.world
+
+    @property
+    def first(self) -> int:
+        """The place of this rank's first image among those of all ranks."""
+        return self.rank * self.n
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """R row chunks of a view and Q column chunks in each (stats_triton.py)."""
+        return -(-self.N // self.plan.row_chunk), self.plan.row_chunk // self.plan.col_chunk
+
     def variant(self, tile: Tile, *, peers: slice = slice(2), **options: Any) -> Variant:
         """What a kernel over `peers` is compiled for; with one peer, b's sizes are a's."""
         widths, depths = [self.plan.width_a, self.plan.width_b][peers], [*self.plan.depths()][peers]
@@ -50,9 +64,10 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     @property
-    def weight_scale(self) -> float:
-        """The power of two that brings the largest weight W_ij to LARGEST_WEIGHT or half of it."""
-        return 2.0 ** math.floor(math.log2(LARGEST_WEIGHT / (2.0 * self.contrast + max(self.kappas))))
+    def weight_scales(self) -> tuple[float, float]:
+        """The powers of two that bring either peer's largest weight W_ij to LARGEST_WEIGHT or half of it."""
+        a, b = (2.0 ** math.floor(math.log2(LARGEST_WEIGHT / (2.0 * self.contrast + k))) for k in self.kappas)
+        return a, b
 
 
 def capability_of(device: torch.device) -> int:

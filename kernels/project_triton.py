@@ -4,7 +4,7 @@ Legend
   n  images of this rank     D  embedding width, P padded     g = sum_j W_ij z_j, no positives (gradient_triton.py)
   u_i = x_i / |x_i|, taken from the raw embedding: float16 is for sums over many columns, not for a single vector
 
-    h_i = factor * (g_i + (e_pos / l_i + e_pos / l_pos - 2) u_pos)         gradient of u_i
+    h_i = factor * (g_i + w_i u_pos)                                    gradient of u_i, w of finish_triton.py
     gradient of x_i = (h_i - u_i (u_i . h_i)) / |x_i|                     through the normalisation
 """
 
@@ -12,19 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def positive_coefficient(positive, l_1, l_2, image, mask, contrast, weight_scale, SAFE: tl.constexpr):
-    """e_pos / l_i + e_pos / l_pos - 2 of the images: `l_1` and `l_2` point at inverse_l of either view."""
-    logit = tl.load(positive + image, mask=mask, other=0.0) * contrast
-    own, other = tl.load(l_1 + image, mask=mask, other=0.0), tl.load(l_2 + image, mask=mask, other=0.0)
-    if SAFE:
-        return (tl.exp2(logit - own) - 1.0) + (tl.exp2(logit - other) - 1.0)
-    else:
-        # Each term minus 1 by itself: both are close to 1 where the row has learned its positive.
-        e = tl.exp2(logit) / weight_scale
-        return (e * own - 1.0) + (e * other - 1.0)
 
 
 @triton.jit
@@ -38,12 +25,12 @@ def _unit(raw, image, cols, n, D):
 
 
 @triton.jit
-def project(g, image, own, other, coefficient, n, D, factors, P: tl.constexpr):
+def project(g, image, own, other, weight, n, D, factors, P: tl.constexpr):
     """[rows, P] gradient of the raw embeddings `own` of `image`; `other` holds their positives, both as in `_unit`."""
     g_factor, positive_factor = factors
     cols = tl.arange(0, P)
     u_pos, _ = _unit(other, image, cols, n, D)
-    h = g * g_factor + u_pos * (coefficient * positive_factor)[:, None]
+    h = g * g_factor + u_pos * (weight * positive_factor)[:, None]
     u, inverse = _unit(own, image, cols, n, D)
     return (h - u * tl.sum(u * h, axis=1)[:, None]) * inverse[:, None]
 
@@ -61,12 +48,11 @@ def project_kernel(
     g,  # [splits, 2, rows, WIDTH] float32: images begin .. begin + rows of this rank
     x, y,  # [n, D] raw
     inverse_norm,  # [2, n]
-    positive,  # [n]
-    inverse_l,  # [2, pitch] from this rank's first image on
+    positive_weights,  # [n]
     out,  # [2, n, D] float32
-    begin, rows, n, D, pitch, splits, g_factor, positive_factor, contrast, weight_scale,
+    begin, rows, n, D, splits, g_factor, positive_factor,
     x_row, x_col, y_row, y_col,
-    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CONTRAST: tl.constexpr, SAFE: tl.constexpr,
+    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK images a program of one view; P is the power of two that holds WIDTH."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -79,17 +65,13 @@ def project_kernel(
     for k in range(1, splits):
         total += tl.load(g + k * stride + at, mask=inside, other=0.0)
     image = tl.where(row < rows, begin + row, n)  # n: nothing there
-    coefficient = tl.zeros([BLOCK], tl.float32)
-    if CONTRAST:
-        coefficient = positive_coefficient(
-            positive, inverse_l, inverse_l + pitch, image, image < n, contrast, weight_scale, SAFE
-        )
+    weight = tl.load(positive_weights + image, mask=image < n, other=0.0)
     first, second = (x, x_row, x_col, inverse_norm), (y, y_row, y_col, inverse_norm + n)
     factors = (g_factor, positive_factor)
     if view == 0:
-        dx = project(total, image, first, second, coefficient, n, D, factors, P)
+        dx = project(total, image, first, second, weight, n, D, factors, P)
     else:
-        dx = project(total, image, second, first, coefficient, n, D, factors, P)
+        dx = project(total, image, second, first, weight, n, D, factors, P)
     store_rows(out + view * tl.cast(n, tl.int64) * D, dx, image, n, D, P)
 
 

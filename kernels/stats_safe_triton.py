@@ -49,19 +49,19 @@ def _log_sums(
             s = scores(z_rows, z_cols, z_row, col_view * pitch + col, WIDTH, DEPTH)
             j = col + tl.arange(0, V.cols)
             inside = (j < N)[None, :]
-            apart = (i + view * pitch)[:, None] != (j + col_view * pitch)[None, :]
+            apart = i[:, None] != j[None, :]  # not itself, and not its positive
             l_top, l_sum = _accumulate(s * contrast, inside & apart, l_top, l_sum)
             if V.distill:
                 second = (j + col_view * pitch >= pitch)[None, :]
-                t_top, t_sum = _accumulate(s * distill, inside & second, t_top, t_sum)
+                t_top, t_sum = _accumulate(s * distill, inside & apart & second, t_top, t_sum)
     return l_top + tl.log2(l_sum), t_top + tl.log2(t_sum)
 
 
 @triton.jit
 def stats_safe_kernel(
     a_rows, a_cols, b_rows, b_cols,  # descriptors of z, as in stats_kernel
-    log_l,  # [peers, 2, pitch] out: log2 l of this rank's rows
-    log_t,  # [peers, pitch] out: log2 t
+    positive_a, positive_b,  # [n] s of each image of this rank with itself in the other view
+    sums,  # [peers, 5, pitch] out: log2 l' of view 1 and 2, log2 t', s of the positive; of this rank's rows
     N, n, pitch, first, contrast, distill,
     V: tl.constexpr,
 ):  # fmt: skip
@@ -70,13 +70,24 @@ def stats_safe_kernel(
     view = tl.program_id(1)
     i = row + tl.arange(0, V.rows)
     own = i < first + n
-    z_row = view * pitch + row
-    own_l, own_t = _log_sums(a_rows, a_cols, z_row, row, view, N, pitch, contrast, distill, V.width_a, V.depth_a, V)
-    tl.store(log_l + view * pitch + i, own_l, mask=own)
-    if V.distill:
-        tl.store(log_t + i, own_t, mask=own & (i + view * pitch < pitch))
+    at = (a_rows, a_cols), positive_a, sums
+    _store_peer(at, row, view, i, own, first, N, pitch, contrast, distill, V.width_a, V.depth_a, V)
     if V.peers == 2:
-        own_l, own_t = _log_sums(b_rows, b_cols, z_row, row, view, N, pitch, contrast, distill, V.width_b, V.depth_b, V)
-        tl.store(log_l + (2 + view) * pitch + i, own_l, mask=own)
-        if V.distill:
-            tl.store(log_t + pitch + i, own_t, mask=own & (i + view * pitch < pitch))
+        at = (b_rows, b_cols), positive_b, sums + 5 * tl.cast(pitch, tl.int64)
+        _store_peer(at, row, view, i, own, first, N, pitch, contrast, distill, V.width_b, V.depth_b, V)
+
+
+@triton.jit
+def _store_peer(
+    at, row, view, i, own, first, N, pitch, contrast, distill, WIDTH: tl.constexpr, DEPTH: tl.constexpr, V: tl.constexpr
+):
+    z, positive, sums = at
+    z_rows, z_cols = z
+    log_l, log_t = _log_sums(
+        z_rows, z_cols, view * pitch + row, row, view, N, pitch, contrast, distill, WIDTH, DEPTH, V
+    )
+    tl.store(sums + view * pitch + i, log_l, mask=own)
+    once = own & (i + view * pitch < pitch)
+    if V.distill:
+        tl.store(sums + 2 * pitch + i, log_t, mask=once)
+    tl.store(sums + 3 * pitch + i, tl.load(positive + i - first, mask=once, other=0.0), mask=once)

@@ -6,7 +6,8 @@ Legend
   V.rows x V.cols  a tile;  a chunk is row_chunk x col_chunk pairs of one block, the work of one program
   Q = row_chunk / col_chunk;  R, C  chunks of a view's rows and columns, C = R Q
 
-    l_i = sum_{j != i} e_ij over both views        t_i = sum_j x_ij, row i of view 1, j over view 2 alone
+    l'_i = sum e_ij over both views without i and its positive      t'_i = sum x_ij, row i of view 1, j over view 2,
+                                                                      without the positive
 
 The matrix of exponentials is symmetric, since nothing is subtracted from a logit, so a tile serves its rows and its
 columns.  Of the four blocks (view 1 or 2) x (view 1 or 2), the two on the diagonal are visited from their diagonal
@@ -19,8 +20,11 @@ and over warps' slabs needs no exchange; `tl.sum(e, 0)` in the loop cost 18.75 s
 that no other program touches, in program order, so that a sum has one order of additions: results are equal to the bit
 in every run.  The additions there are atomics because those do not wait for an answer, not because anyone competes.
 
-Slots of a row: [0, C) from column chunks of its own view; [C, C + R) as a column, from row chunks of its own view;
-[C + R, 2C + R) from the other view: column chunks for view 1, row chunks for view 2.
+A program has room of its own for the sums of its rows and of its columns, nothing for chunks that are never visited:
+R (Q + 1) floats a row of z for l, over all ranks.  gather_tasks_kernel adds them up, in one order.
+
+Left out is the positive pair too (where view 1 meets view 2 on its diagonal): where a row has learned its positive,
+what is left beside it decides, and a sum with the positive in it would round that away (finish_triton.py adds it).
 """
 
 from __future__ import annotations
@@ -55,25 +59,50 @@ def locate(task, R, Q):
 
 @triton.jit
 def walk(col, row_lo, row_hi, N, V: tl.constexpr, SAME: tl.constexpr):
-    """The row tiles under column tile `col`: (first, diagonal, edges, lo, hi).
+    """The row tiles under column tile `col`: (first, diagonal, edges, tail, lo, count).
 
-    Edge tiles need masks: the `diagonal` ones from `first` on and those that reach over N (from hi on); `edges` counts
-    both.  The others begin at lo, lo + V.rows, ... below hi.
+    Edge tiles need masks: the `diagonal` ones from `first` on, and those that reach over N, from `tail` on; `edges`
+    counts both.  The `count` others begin at lo; where they meet the diagonal ones they go on behind them.
+    SAME: nothing above the diagonal.
     """
+    SIDE: tl.constexpr = max(V.rows, V.cols)
     row_hi = tl.minimum(row_hi, N)
-    first = row_lo
-    lo = row_lo
-    diagonal = 0
+    first = col // SIDE * SIDE
+    here = (first >= row_lo) & (first < row_hi)
+    diagonal = tl.where(here, (tl.minimum(first + SIDE, row_hi) - first + V.rows - 1) // V.rows, 0)
+    after = first + diagonal * V.rows
+    whole = row_hi // V.rows * V.rows
+    covered = here & (after > whole)  # the tile that reaches over N is on the diagonal
+    ragged = col + V.cols > N  # no tile of this column is without masks
     if SAME:
-        SIDE: tl.constexpr = max(V.rows, V.cols)
-        first = col // SIDE * SIDE
-        end = tl.minimum(first + SIDE, row_hi)
-        diagonal = tl.where(first >= row_lo, tl.maximum(end - first + V.rows - 1, 0) // V.rows, 0)
-        lo = tl.maximum(row_lo, first + diagonal * V.rows)
-    whole = lo + tl.maximum(row_hi - lo, 0) // V.rows * V.rows
-    hi = tl.where(col + V.cols <= N, whole, lo)  # a column tile that reaches over N has edge tiles alone
-    edges = diagonal + tl.maximum(row_hi - hi + V.rows - 1, 0) // V.rows
-    return first, diagonal, edges, lo, hi
+        lo = tl.where(here, after, row_lo)
+        end = row_hi
+        count = tl.maximum(whole - lo, 0) // V.rows
+    else:
+        lo = row_lo
+        end = tl.where(here, first, row_hi)  # where `ragged`: the diagonal's square is the last
+        count = tl.where(covered, first - lo, whole - lo) // V.rows - tl.where(here & (after <= whole), diagonal, 0)
+    tail = tl.where(ragged, lo, whole)
+    beyond = tl.where(
+        ragged, (tl.maximum(end - lo, 0) + V.rows - 1) // V.rows, tl.where(covered, 0, (row_hi > whole).to(tl.int32))
+    )
+    return first, diagonal, diagonal + beyond, tail, lo, tl.where(ragged, 0, count)
+
+
+@triton.jit
+def edge_row(k, first, diagonal, tail, V: tl.constexpr):
+    """Where the k-th edge tile begins."""
+    return tl.where(k < diagonal, first + k * V.rows, tail + (k - diagonal) * V.rows)
+
+
+@triton.jit
+def inner_row(k, first, diagonal, lo, V: tl.constexpr, SAME: tl.constexpr):
+    """Where the k-th tile without masks begins."""
+    row = lo + k * V.rows
+    if SAME:
+        return row
+    else:
+        return row + tl.where((diagonal > 0) & (row >= first), diagonal * V.rows, 0)
 
 
 @triton.jit
@@ -84,18 +113,18 @@ def _column_partial(e, V: tl.constexpr):
 
 @triton.jit
 def _add_peer(
-    s, other, columns, slots, row, col, N, below, distill,
+    s, other, columns, slots, row, col, N, below, logits,
     V: tl.constexpr, SAME: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One peer's share of a tile: adds to its rows' slots, returns the column partials [rows / 16, 8, cols]."""
     l_rows, t_rows, u_rows = slots
-    e, x = exponentials(s, distill, V)
+    e, x = exponentials(s, logits, V)
     if EDGE:
         i = row + tl.arange(0, V.rows)[:, None]
         j = col + tl.arange(0, V.cols)[None, :]
-        inside = (i < N) & (j < N)
-        x = tl.where(inside, x, 0.0)
-        e = tl.where(inside & (i != j), e, 0.0) if SAME else tl.where(inside, e, 0.0)
+        counts = (i < N) & (j < N) & (i != j)  # not itself, and not its positive
+        x = tl.where(counts, x, 0.0)
+        e = tl.where(counts, e, 0.0)
     if V.contrast:
         tl.atomic_add(l_rows + row, tl.sum(e, axis=1), sem="relaxed")
         if SAME and EDGE:
@@ -110,7 +139,7 @@ def _add_peer(
 
 @triton.jit
 def _add_tile(
-    z, at, place, columns_a, columns_b, slots_a, slots_b, distill,
+    z, at, place, columns_a, columns_b, slots_a, slots_b, logits,
     V: tl.constexpr, SAME: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Both peers' shares of a tile."""
@@ -121,76 +150,133 @@ def _add_tile(
     s_b = s_a
     if V.peers == 2:
         s_b = scores(b_rows, b_cols, z_row + row, z_col + col, V.width_b, V.depth_b)
-        columns_b = _add_peer(s_b, s_a, columns_b, slots_b, row, col, N, below, distill, V, SAME, EDGE)
-    columns_a = _add_peer(s_a, s_b, columns_a, slots_a, row, col, N, below, distill, V, SAME, EDGE)
+        columns_b = _add_peer(s_b, s_a, columns_b, slots_b, row, col, N, below, logits, V, SAME, EDGE)
+    columns_a = _add_peer(s_a, s_b, columns_a, slots_a, row, col, N, below, logits, V, SAME, EDGE)
     return columns_a, columns_b
 
 
 @triton.jit
-def _add_chunk(
-    z, parts, bounds, view, row_chunk_index, col_chunk_index, sizes, distill, V: tl.constexpr, SAME: tl.constexpr
-):
-    """All tiles of a chunk."""
-    l_parts, t_parts, u_parts = parts
+def _add_chunk(z, parts, bounds, view, task, sizes, logits, V: tl.constexpr, SAME: tl.constexpr):
+    """All tiles of a chunk, into the room of the `task`-th program of this rank."""
+    l_rows, l_cols, t_rows, u_rows = parts
     row_lo, row_hi, col_lo, col_hi = bounds
-    N, pitch, R, C = sizes
-    wide = tl.cast(pitch, tl.int64)
-    if SAME:
-        z_row, z_col = view * pitch, view * pitch
-        row_slot, col_slot = col_chunk_index, C + row_chunk_index
-    else:
-        z_row, z_col = pitch * 0, pitch
-        row_slot, col_slot = C + R + col_chunk_index, C + R + row_chunk_index
-    rows = tl.arange(0, V.rows)
-    peer_l, peer_t = (2 * C + R) * (2 * wide), C * wide  # peer b's slots lie this far behind peer a's
-    l_rows = l_parts + row_slot * (2 * wide) + z_row + rows
-    l_cols = l_parts + col_slot * (2 * wide) + z_col + tl.arange(0, V.cols)
-    t_rows, u_rows = t_parts + col_chunk_index * wide + rows, u_parts + col_chunk_index * wide + rows
+    N, pitch, row_chunk, col_chunk, tasks, cross_tasks = sizes
+    task = tl.cast(task, tl.int64)
+    l_rows += task * row_chunk - row_lo + tl.arange(0, V.rows)
+    l_cols += task * col_chunk - col_lo + tl.arange(0, V.cols)
+    t_rows += task * row_chunk - row_lo + tl.arange(0, V.rows)
+    u_rows += task * row_chunk - row_lo + tl.arange(0, V.rows)
+    # Peer b's room lies this far behind peer a's.
+    peer_l, peer_t = tl.cast(tasks, tl.int64) * row_chunk, tl.cast(cross_tasks, tl.int64) * row_chunk
     slots_a = (l_rows, t_rows, u_rows)
     slots_b = (l_rows + peer_l, t_rows + peer_t, u_rows + peer_t)
-    at = (z_row, z_col)
+    z_row = view * pitch if SAME else pitch * 0
+    at = (z_row, z_row if SAME else pitch)
     for col in tl.range(col_lo, col_hi, V.cols, num_stages=1):
         columns_a = tl.full([V.rows // 16, 8, V.cols], 0.0, tl.float32)
         columns_b = columns_a
-        first, diagonal, edges, lo, hi = walk(col, row_lo, row_hi, N, V, SAME)
+        first, diagonal, edges, tail, lo, count = walk(col, row_lo, row_hi, N, V, SAME)
         for k in tl.range(0, edges, num_stages=1):
-            row = tl.where(k < diagonal, first + k * V.rows, hi + (k - diagonal) * V.rows)
+            row = edge_row(k, first, diagonal, tail, V)
             columns_a, columns_b = _add_tile(
-                z, at, (row, col, N, lo), columns_a, columns_b, slots_a, slots_b, distill, V, SAME, True
+                z, at, (row, col, N, lo), columns_a, columns_b, slots_a, slots_b, logits, V, SAME, True
             )
-        for row in range(lo, hi, V.rows):
+        for k in range(0, count):
+            row = inner_row(k, first, diagonal, lo, V, SAME)
             columns_a, columns_b = _add_tile(
-                z, at, (row, col, N, lo), columns_a, columns_b, slots_a, slots_b, distill, V, SAME, False
+                z, at, (row, col, N, lo), columns_a, columns_b, slots_a, slots_b, logits, V, SAME, False
             )
         if V.contrast:
             tl.store(l_cols + col, tl.sum(tl.sum(columns_a, axis=0), axis=0))
             if V.peers == 2:
-                tl.store(l_cols + peer_l + col, tl.sum(tl.sum(columns_b, axis=0), axis=0))
+                behind = tl.cast(tasks, tl.int64) * col_chunk
+                tl.store(l_cols + behind + col, tl.sum(tl.sum(columns_b, axis=0), axis=0))
 
 
 @triton.jit
 def stats_kernel(
     a_rows, a_cols, b_rows, b_cols,  # descriptors of z, [2 pitch, P], in blocks of V.rows and of V.cols
-    l_parts,  # [peers, 2 C + R, 2 pitch] zeros, out: parts of l
-    t_parts,  # [peers, C, pitch] zeros, out: parts of t
-    u_parts,  # [peers, C, pitch] zeros, out: parts of sum_j x_ij (s_ij - other peer's s_ij), where V.valued
-    N, pitch, R, Q, col_chunk, rank, world, distill,
+    l_rows,  # [peers, tasks, row_chunk] zeros, out: sums of e over a chunk's columns
+    l_cols,  # [peers, tasks, col_chunk] zeros, out: sums of e over a chunk's rows
+    t_rows,  # [peers, cross_tasks, row_chunk] zeros, out: sums of x over a chunk's columns
+    u_rows,  # [peers, cross_tasks, row_chunk] zeros, out: of x (s - the other peer's s), where V.valued
+    N, pitch, R, Q, col_chunk, tasks, cross_tasks, rank, world, contrast, distill,
     V: tl.constexpr,
 ):  # fmt: skip
     """One chunk a program; the chunks go round the ranks, each of which holds all of z."""
-    task = tl.program_id(0) * world + rank
-    same, view, row_chunk_index, col_chunk_index = locate(task, R, Q)
-    row_lo = row_chunk_index * col_chunk * Q
+    local = tl.program_id(0)
+    same, view, row_chunk_index, col_chunk_index = locate(local * world + rank, R, Q)
+    row_chunk = col_chunk * Q
+    row_lo = row_chunk_index * row_chunk
     col_lo = col_chunk_index * col_chunk
     col_hi = tl.where(view < 2, tl.minimum(col_lo + col_chunk, N), 0)  # the last ranks may have one chunk fewer
-    bounds = (row_lo, row_lo + col_chunk * Q, col_lo, col_hi)
-    z, parts = (a_rows, a_cols, b_rows, b_cols), (l_parts, t_parts, u_parts)
-    sizes = (N, pitch, R, R * Q)
+    bounds = (row_lo, row_lo + row_chunk, col_lo, col_hi)
+    z, parts = (a_rows, a_cols, b_rows, b_cols), (l_rows, l_cols, t_rows, u_rows)
+    sizes, logits = (N, pitch, row_chunk, col_chunk, tasks, cross_tasks), (contrast, distill)
     if same:
         if V.contrast:
-            _add_chunk(z, parts, bounds, view, row_chunk_index, col_chunk_index, sizes, distill, V, True)
+            _add_chunk(z, parts, bounds, view, local, sizes, logits, V, True)
     else:
-        _add_chunk(z, parts, bounds, view, row_chunk_index, col_chunk_index, sizes, distill, V, False)
+        _add_chunk(z, parts, bounds, view, local, sizes, logits, V, False)
+
+
+@triton.jit
+def _of_task(parts, task, chunk, place, rank, world):
+    """What `task` has for the block of images at `place` in its chunk; zeros where another rank did it."""
+    local = tl.cast(task // world, tl.int64)
+    return tl.load(parts + local * chunk + place, mask=place < tl.where(task % world == rank, chunk, 0), other=0.0)
+
+
+@triton.jit
+def gather_tasks_kernel(
+    l_rows, l_cols, t_rows, u_rows,  # as stats_kernel left them
+    positive_a, positive_b,  # [n] s of each image of this rank with itself in the other view
+    sums,  # [peers, 5, pitch] out, of this rank: l' of view 1 and 2, t', s of the positive, u'
+    N, n, pitch, first, R, Q, col_chunk, tasks, cross_tasks, rank, world,
+    BLOCK: tl.constexpr, CONTRAST: tl.constexpr, DISTILL: tl.constexpr, VALUED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK images a program, of one peer; `first` is the place of this rank's first image."""
+    begin = tl.program_id(0) * BLOCK
+    peer = tl.program_id(1)
+    i = begin + tl.arange(0, BLOCK)
+    row_chunk = col_chunk * Q
+    row, col = begin // row_chunk, begin // col_chunk  # its chunks
+    in_rows, in_cols = i - row * row_chunk, i - col * col_chunk
+    l_rows += tl.cast(peer * tasks, tl.int64) * row_chunk
+    l_cols += tl.cast(peer * tasks, tl.int64) * col_chunk
+    t_rows += tl.cast(peer * cross_tasks, tl.int64) * row_chunk
+    u_rows += tl.cast(peer * cross_tasks, tl.int64) * row_chunk
+    sums += tl.cast(peer * 5, tl.int64) * pitch + i
+    nothing = tl.zeros([BLOCK], tl.float32)
+    t, u = nothing, nothing
+    for view in tl.static_range(2):
+        total = nothing
+        if view == 0:
+            for k in range(0, R * Q):
+                task = row * R * Q + k
+                if CONTRAST:
+                    total += _of_task(l_rows, task, row_chunk, in_rows, rank, world)
+                if DISTILL:
+                    t += _of_task(t_rows, task, row_chunk, in_rows, rank, world)
+                if VALUED:
+                    u += _of_task(u_rows, task, row_chunk, in_rows, rank, world)
+        elif CONTRAST:
+            for k in range(0, R):
+                total += _of_task(l_cols, k * R * Q + col, col_chunk, in_cols, rank, world)
+        if CONTRAST:
+            block = R * R * Q + view * (R * (R + 1) // 2 * Q)  # the first task of this view with itself
+            for k in range(0, (row + 1) * Q):
+                total += _of_task(l_rows, block + row * (row + 1) // 2 * Q + k, row_chunk, in_rows, rank, world)
+            for k in range(row, R):
+                total += _of_task(l_cols, block + k * (k + 1) // 2 * Q + col, col_chunk, in_cols, rank, world)
+        tl.store(sums + view * pitch, total)
+    tl.store(sums + 2 * pitch, t)
+    own = (i >= first) & (i < first + n)
+    if peer == 0:
+        tl.store(sums + 3 * pitch, tl.load(positive_a + i - first, mask=own, other=0.0))
+    else:
+        tl.store(sums + 3 * pitch, tl.load(positive_b + i - first, mask=own, other=0.0))
+    tl.store(sums + 4 * pitch, u)
 
 
 def task_count(R: int, Q: int, *, contrast: bool) -> int:

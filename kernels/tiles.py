@@ -44,9 +44,10 @@ def temperatures(tau_contrast: float | None, tau_distill: float | None) -> Tempe
         # Not scaled: products of 16-bit numbers as large as these temperatures ask for could overflow.
         return Temperatures(1.0, LOG2_E / tau_c, LOG2_E / tau_d, 0, True)
     up, down = _integer(tau_c / tau_d), _integer(tau_d / tau_c)
-    if up or not down:  # 2^s serves NT-Xent, its power the KL
-        return Temperatures(math.sqrt(LOG2_E / tau_c), 1.0, tau_c / tau_d, up, False)
-    return Temperatures(math.sqrt(LOG2_E / tau_d), tau_d / tau_c, 1.0, -down, False)
+    # 2^s serves the loss whose temperature is the integer multiple, its power the other; without one, the colder of the
+    # two scales, so that float16 holds what matters to it.
+    base = tau_c if up else tau_d if down else min(tau_c, tau_d)
+    return Temperatures(math.sqrt(LOG2_E / base), base / tau_c, base / tau_d, up or -down, False)
 
 
 def _integer(ratio: float) -> int:
@@ -142,8 +143,9 @@ def plan(n: int, world: int, D_a: int, D_b: int | None = None, *, capability: in
 def _chunks(pitch_rows: int, world: int) -> tuple[int, int]:
     """Sides of pass 1's chunks: R row chunks a view and q column chunks in each, about 2 R^2 q = 512 programs a rank.
 
-    That is four for each multiprocessor.  The scratch takes 2 R q + R floats a row and peer, so R = q^-1/2 where the
-    batch is large; where it is small, wide chunks would leave too few row tiles in a column for loads to overlap.
+    That is four for each multiprocessor.  Room for their sums is R (q + 1) floats a row and peer over all ranks, so
+    q = 1 where the batch is large; where it is small, that would leave too few row tiles under a column for loads to
+    overlap.
     """
     R, q = (8, 4) if pitch_rows < 131_072 else (16, 1)
     R = min(64, R * math.ceil(math.sqrt(world)))
