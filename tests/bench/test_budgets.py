@@ -28,15 +28,14 @@ def test_kernels_are_within_their_budgets(capability):
 
 @pytest.mark.parametrize("version", sorted(ALL))
 def test_what_the_budgets_themselves_allow(version):
-    """On Hopper pass 1 spills nothing; pass 2 at D = 128 neither with triton 3.6, and 48 bytes with 3.9."""
+    """Spilled bytes: none in training at D = 128 on Hopper with triton 3.6, 40 in pass 2 with 3.9; little elsewhere."""
     for name, kernels in ALL[version]["sm_90"].items():
-        assert kernels["embed_kernel"]["stack"] == 0
-        stats = kernels.get("stats_kernel", kernels.get("stats_safe_kernel"))
-        assert stats["stack"] == 0, name
-        if "gradient_kernel" in kernels:
-            assert kernels["gradient_kernel"]["stack"] <= (8 if version == "3.6" else 48), name
+        assert all(kernel["stack"] <= (72 if "safe" in name else 48) for kernel in kernels.values()), name
+        spilled = {kernel for kernel, values in kernels.items() if values["stack"]}
+        assert spilled <= ({"stats_kernel"} if "forward" in name else {"gradient_kernel"}), name
+    assert all(kernel["stack"] <= 40 for kernels in ALL[version]["sm_100"].values() for kernel in kernels.values())
     mutual = ALL[version]["sm_90"]["mutual, D 128"]
-    assert version != "3.6" or mutual["gradient_kernel"]["stack"] == 0
+    assert sum(kernel["stack"] for kernel in mutual.values()) <= (0 if version == "3.6" else 40)
     # Instructions a pair: one peer's exponential each in pass 1, two in pass 2.
     assert max(instructions / exponentials for instructions, exponentials in mutual["stats_kernel"]["loops"]) < 9
     assert (
