@@ -55,13 +55,13 @@ def _inverse(total, real, weight_scale, SAFE: tl.constexpr):
 
 
 @triton.jit
-def _load_sums(sums, peer, which, wide, i, real):
-    return tl.load(sums + (peer * 5 + which) * wide + i, mask=real, other=1.0)
+def _load_sums(sums, peer, which, wide, i, real, VALUED: tl.constexpr):
+    return tl.load(sums + (peer * (4 + VALUED) + which) * wide + i, mask=real, other=1.0)
 
 
 @triton.jit
 def finish_kernel(
-    sums,  # [peers, 5, pitch] l' of view 1 and 2, t', s of the positive, u' (stats_triton.py);  SAFE: log2 of l', t'
+    sums,  # [peers, 4, pitch] l' of view 1 and 2, t', s of the positive;  VALUED: 5, and u';  SAFE: log2 of l', t'
     inverse_l,  # [peers, 2, pitch] out: weight_scale / l, 0 behind N;  SAFE: log2 l, infinite behind N
     inverse_t,  # [peers, pitch] out: likewise 1 / t
     positive_weights,  # [peers, n] out: the positive's weight in the gradient of either view
@@ -78,19 +78,20 @@ def finish_kernel(
     real = i < N
     wide = tl.cast(pitch, tl.int64)
     for peer in tl.static_range(PEERS):
-        s_pos = _load_sums(sums, peer, 3, wide, i, real)
+        s_pos = _load_sums(sums, peer, 3, wide, i, real, VALUED)
         weight = tl.zeros([BLOCK], tl.float32)
         if CONTRAST:
             for view in tl.static_range(2):
-                rest = _load_sums(sums, peer, view, wide, i, real)
+                rest = _load_sums(sums, peer, view, wide, i, real, VALUED)
                 total, left, term = _with_positive(rest, s_pos, contrast, SAFE)
                 scale = weight_scale_a if peer == 0 else weight_scale_b
                 tl.store(inverse_l + (peer * 2 + view) * wide + i, _inverse(total, real, scale, SAFE))
                 tl.store(contrast_terms + (peer * 2 + view) * n + local, term, mask=own)
                 weight -= left
         if DISTILL:
-            rest, rest_other = _load_sums(sums, peer, 2, wide, i, real), _load_sums(sums, 1 - peer, 2, wide, i, real)
-            other_s_pos = _load_sums(sums, 1 - peer, 3, wide, i, real)
+            rest = _load_sums(sums, peer, 2, wide, i, real, VALUED)
+            rest_other = _load_sums(sums, 1 - peer, 2, wide, i, real, VALUED)
+            other_s_pos = _load_sums(sums, 1 - peer, 3, wide, i, real, VALUED)
             t, rho, log_ratio = _with_positive(rest, s_pos, distill, SAFE)
             t_other, rho_other, log_ratio_other = _with_positive(rest_other, other_s_pos, distill, SAFE)
             tl.store(inverse_t + peer * wide + i, _inverse(t, real, 1.0, SAFE))
@@ -98,7 +99,7 @@ def finish_kernel(
             kl = (1.0 - rho_other) * (log_ratio - log_ratio_other)
             if VALUED:
                 # Logits against the positive's own, so that every term is small where rows have learned it.
-                u_other = _load_sums(sums, 1 - peer, 4, wide, i, real) / t_other
+                u_other = _load_sums(sums, 1 - peer, 4, wide, i, real, VALUED) / t_other
                 kl = LN_2 * distill * (u_other - (other_s_pos - s_pos) * rho_other) + log_ratio - log_ratio_other
             tl.store(kl_terms + (peer * (splits + 1) + splits) * n + local, kl, mask=own)
         tl.store(positive_weights + peer * n + local, weight, mask=own)

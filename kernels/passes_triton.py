@@ -79,7 +79,7 @@ def _descriptors(problem: Problem, embedded: list[Embedded], *sides: int) -> lis
 
 
 def _stats(problem: Problem, embedded: list[Embedded], valued: bool) -> Tensor:
-    """This rank's part of the row sums, [peers, 5, pitch] as gather_tasks_kernel lists them."""
+    """This rank's part of the row sums, [peers, 4 or with the value 5, pitch] as gather_tasks_kernel lists them."""
     plan, temps, peers = problem.plan, problem.temperatures, problem.peers
     tile = plan.tiles.stats_value if valued else plan.tiles.stats
     R, Q = problem.chunks
@@ -105,7 +105,7 @@ def _stats(problem: Problem, embedded: list[Embedded], valued: bool) -> Tensor:
             temps.contrast, temps.distill,
             V=problem.variant(tile, peers=slice(peer, end), valued=valued), warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
-    sums = embedded[0].z.new_empty((peers, 5, plan.pitch), dtype=torch.float32)
+    sums = embedded[0].z.new_empty((peers, 4 + valued, plan.pitch), dtype=torch.float32)
     launch(
         gather_tasks_kernel, (plan.pitch // tiles.BLOCK, peers), *parts,
         embedded[0].positive, embedded[-1].positive, sums,
@@ -119,7 +119,7 @@ def _stats(problem: Problem, embedded: list[Embedded], valued: bool) -> Tensor:
 def _safe_stats(problem: Problem, embedded: list[Embedded]) -> Tensor:
     """The same in logarithms of base 2, of this rank's rows; zeros elsewhere."""
     plan, temps, tile = problem.plan, problem.temperatures, problem.plan.tiles.stats_value
-    sums = embedded[0].z.new_zeros((problem.peers, 5, plan.pitch), dtype=torch.float32)
+    sums = embedded[0].z.new_zeros((problem.peers, 4, plan.pitch), dtype=torch.float32)
     launch(
         stats_safe_kernel, (-(-problem.n // tile.rows), 2), *_descriptors(problem, embedded, tile.rows, tile.cols),
         embedded[0].positive, embedded[-1].positive, sums,

@@ -61,7 +61,7 @@ def _log_sums(
 def stats_safe_kernel(
     a_rows, a_cols, b_rows, b_cols,  # descriptors of z, as in stats_kernel
     positive_a, positive_b,  # [n] s of each image of this rank with itself in the other view
-    sums,  # [peers, 5, pitch] out: log2 l' of view 1 and 2, log2 t', s of the positive; of this rank's rows
+    sums,  # [peers, 4, pitch] out: log2 l' of view 1 and 2, log2 t', s of the positive; of this rank's rows
     N, n, pitch, first, contrast, distill,
     V: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def stats_safe_kernel(
     at = (a_rows, a_cols), positive_a, sums
     _store_peer(at, row, view, i, own, first, N, pitch, contrast, distill, V.width_a, V.depth_a, V)
     if V.peers == 2:
-        at = (b_rows, b_cols), positive_b, sums + 5 * tl.cast(pitch, tl.int64)
+        at = (b_rows, b_cols), positive_b, sums + 4 * tl.cast(pitch, tl.int64)
         _store_peer(at, row, view, i, own, first, N, pitch, contrast, distill, V.width_b, V.depth_b, V)
 
 

@@ -231,7 +231,7 @@ def _of_task(parts, task, chunk, place, rank, world):
 def gather_tasks_kernel(
     l_rows, l_cols, t_rows, u_rows,  # as stats_kernel left them
     positive_a, positive_b,  # [n] s of each image of this rank with itself in the other view
-    sums,  # [peers, 5, pitch] out, of this rank: l' of view 1 and 2, t', s of the positive, u'
+    sums,  # [peers, 4, pitch] out, of this rank: l' of view 1 and 2, t', s of the positive; VALUED: 5, and u'
     N, n, pitch, first, R, Q, col_chunk, tasks, cross_tasks, rank, world,
     BLOCK: tl.constexpr, CONTRAST: tl.constexpr, DISTILL: tl.constexpr, VALUED: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +246,7 @@ def gather_tasks_kernel(
     l_cols += tl.cast(peer * tasks, tl.int64) * col_chunk
     t_rows += tl.cast(peer * cross_tasks, tl.int64) * row_chunk
     u_rows += tl.cast(peer * cross_tasks, tl.int64) * row_chunk
-    sums += tl.cast(peer * 5, tl.int64) * pitch + i
+    sums += tl.cast(peer * (4 + VALUED), tl.int64) * pitch + i
     nothing = tl.zeros([BLOCK], tl.float32)
     t, u = nothing, nothing
     for view in tl.static_range(2):
@@ -276,7 +276,8 @@ def gather_tasks_kernel(
         tl.store(sums + 3 * pitch, tl.load(positive_a + i - first, mask=own, other=0.0))
     else:
         tl.store(sums + 3 * pitch, tl.load(positive_b + i - first, mask=own, other=0.0))
-    tl.store(sums + 4 * pitch, u)
+    if VALUED:
+        tl.store(sums + 4 * pitch, u)
 
 
 def task_count(R: int, Q: int, *, contrast: bool) -> int:

@@ -551,12 +551,12 @@ def collectives_of_one_rank(world: int) -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 def test_what_travels_between_ranks(monkeypatch):
-    """Float16 embeddings once, ten floats an image (five a row), the six values; nothing for gradients."""
+    """Float16 embeddings once, eight floats an image (four a row), the six values; nothing for gradients."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for seen in run_ranks(collectives_of_one_rank, 2, 2):
         gathers = [size for name, size in seen if name == "all_gather_into_tensor"]
         assert gathers == [128 * 32 * 2] * 4  # two views of two peers, 128 images of 32 float16
-        assert [size for name, size in seen if name == "all_reduce"] == [2 * 5 * 128 * 4, 6 * 4]
+        assert [size for name, size in seen if name == "all_reduce"] == [2 * 4 * 128 * 4, 6 * 4]
         assert len(seen) == 6
 
 
