@@ -81,7 +81,7 @@ class Tiles(NamedTuple):
 # sm_90: 64 rows and 4 warps leave room for two programs on a multiprocessor, which overlap products and exponentials of
 # one another; 128 columns in pass 1 take 5.0 instructions a pair and peer, 64 columns 6.9.  Pass 2 at 64 columns uses
 # every register: with masks (16 columns instead) and with the KL's value (32) it would spill 130 to 900 bytes.
-# sm_80 has no wgmma and no bulk copies: 4 to 8 times the instructions, and with triton 3.6 up to 976 spilled bytes.
+# sm_80 has no wgmma and no bulk copies: 2 to 10 times the instructions, and with triton 3.6 up to 976 spilled bytes.
 BY_CAPABILITY = {
     80: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), 32, 16),
     90: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), 32, 16),
