@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CPP    := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl csrc/*.cu csrc/*.cuh tests/csrc/*.cpp)
 STAMP  := $(VENV)/.installed
 
 .PHONY: help setup quickstart test check bench gpu format clean
@@ -9,12 +11,15 @@ STAMP  := $(VENV)/.installed
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-setup: $(STAMP)  ## .venv with every dependency
+setup: $(STAMP)  ## .venv with every dependency, and the native core
 
-$(STAMP): setup.py pyproject.toml
+# torch first: the native core is built against the one that is there.
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) 'torch>=2.11' 'setuptools>=77' ninja
+	$(PIP) --no-build-isolation -e '.[dev]'
+	$(BIN)/python -c 'from kernels import native; print(native.describe())'
 	touch $@
 
 quickstart: setup  ## pre-trains two peers on real CIFAR-10, about 5 minutes on two CPU cores
@@ -24,10 +29,11 @@ quickstart: setup  ## pre-trains two peers on real CIFAR-10, about 5 minutes on 
 test: setup  ## every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: setup  ## ruff and mypy
+check: setup  ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 bench: setup  ## the microbenchmarks that this machine can run
 	$(BIN)/python -m bench loss
@@ -42,6 +48,7 @@ gpu: setup  ## GPU tests, then the kernels' benchmark; rows under bench/results
 format: setup  ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 clean:  ## removes .venv and caches; data/ and runs/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info kernels/*.so

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.collectives import world_size
 from kernels.reference import KL_REDUCTIONS
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "triton", "native", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

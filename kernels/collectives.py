@@ -24,6 +24,16 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def name_of(group: dist.ProcessGroup | None) -> str:
+    """The name by which a group travels through operators, which take no Python objects; empty for none."""
+    return "" if group is None else group.group_name
+
+
+def group_called(name: str) -> dist.ProcessGroup | None:
+    """The group that `name_of` named."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # x: [n, ...] -> [W n, ...]

@@ -5,21 +5,24 @@ The maths stands in reference.py.  Backends:
   triton   NVIDIA GPUs from compute capability 8.0: fused kernels (mutual_triton.py), no similarity matrix in memory
            (wider than 256 over both peers: strips of 256 MiB of it, or of 512 images where that is more).
            Cosines are of unit vectors in float16, sums in float32; widths up to 2048; inputs up to float32.
-  torch    any device, float32 and float64 (half inputs are computed in float32); holds matrices of similarities.
+  native   CPUs: C++ (mutual_native.py), no similarity matrix in memory; float32 and float64.
+  torch    any device, float32 and float64; holds matrices of similarities.
 
-`auto` is triton where it fits and torch elsewhere: on a CPU, in float64, for wider embeddings, on older GPUs.
+Half inputs are computed in float32 by both of the latter.  `auto` is triton on a GPU where it fits, native on a CPU
+where the core is built, and torch elsewhere: on a GPU in float64, for wider embeddings, on older GPUs.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import checks, reference
+from kernels import checks, mutual_native, native, reference
 from kernels.collectives import gather_rows, mean_over_ranks, rank_in, world_size
 from kernels.tiles import BY_CAPABILITY, WIDEST
 
@@ -53,7 +56,7 @@ class GatheredViews(NamedTuple):
     y: Tensor
     versions: tuple[int, int]  # of x and y, which an operation in place would raise
     settings: tuple[float, float, dist.ProcessGroup | None]  # temperatures and group
-    under_way: mutual_triton.Gathering | None  # None with the torch backend, which gathers with its gradients
+    under_way: mutual_triton.Gathering | None  # None with the backends that gather in the loss
 
 
 def ntxent_loss(
@@ -78,8 +81,11 @@ def ntxent_loss(
     checks.check_backend(backend)
     checks.check_positive("tau", tau)
     checks.check_views(group, x=x, y=y)
-    if _chosen(backend, x, y) == "triton":
+    chosen = _chosen(backend, x, y)
+    if chosen == "triton":
         return mutual_triton.ntxent(x, y, float(tau), group)
+    if chosen == "native":
+        return mutual_native.ntxent(x, y, float(tau), group)
     with _full_precision(x):
         cosine = _cosines(x, y, group)
         return _global(reference.ntxent_from_cosines(cosine, tau, rank_in(group)), group)
@@ -120,12 +126,16 @@ def mutual_loss(
     checks.check_views(group, x_b=x_b, y_b=y_b)
     checks.check_peers(x_a, x_b)
     _check_gathered(gathered, (x_a, x_b), (y_a, y_b), (tau_contrast, tau_distill, group))
-    if _chosen(backend, x_a, y_a, x_b, y_b) == "triton":
-        fused = mutual_triton.mutual(
-            [(x_a, y_a), (x_b, y_b)], float(tau_contrast), float(tau_distill), weights, kl_reduction == "mean", group,
-            (gathered[0] and gathered[0].under_way, gathered[1] and gathered[1].under_way),
-        )  # fmt: skip
-        return MutualLoss(*fused[:2], *fused[2].unbind())
+    chosen = _chosen(backend, x_a, y_a, x_b, y_b)
+    if chosen != "torch":
+        views, mean = [(x_a, y_a), (x_b, y_b)], kl_reduction == "mean"
+        options = (float(tau_contrast), float(tau_distill), weights, mean, group)
+        if chosen == "native":
+            loss_a, loss_b, values = mutual_native.mutual(views, *options)
+        else:
+            under_way = (gathered[0] and gathered[0].under_way, gathered[1] and gathered[1].under_way)
+            loss_a, loss_b, values = mutual_triton.mutual(views, *options, under_way)
+        return MutualLoss(loss_a, loss_b, *values.unbind())
     with _full_precision(x_a):
         cosine_a, cosine_b = _cosines(x_a, y_a, group), _cosines(x_b, y_b, group)
         kl_a, kl_b = reference.kl_from_cosines(
@@ -161,11 +171,12 @@ def similarity_kl(
     checks.check_views(group, x_a=x_a, y_a=y_a)
     checks.check_views(group, x_b=x_b, y_b=y_b)
     checks.check_peers(x_a, x_b)
-    if _chosen(backend, x_a, y_a, x_b, y_b) == "triton":
+    chosen = _chosen(backend, x_a, y_a, x_b, y_b)
+    if chosen != "torch":
+        fused = mutual_triton.mutual if chosen == "triton" else mutual_native.mutual
         views = [(x_a, y_a), (x_b, y_b)]
-        return SimilarityKL(
-            *mutual_triton.mutual(views, None, float(tau), (1.0, 1.0), kl_reduction == "mean", group)[:2]
-        )
+        kl_a, kl_b, _ = fused(views, None, float(tau), (1.0, 1.0), kl_reduction == "mean", group)
+        return SimilarityKL(kl_a, kl_b)
     with _full_precision(x_a):
         cross_a, cross_b = _cross_cosines(x_a, y_a, group), _cross_cosines(x_b, y_b, group)
         kl_a, kl_b = reference.kl_from_cosines(cross_a, cross_b, tau, kl_reduction)
@@ -203,12 +214,23 @@ def gather_views(
 
 def _chosen(backend: str, *views: Tensor) -> str:
     """`backend`, or for `auto` the best that fits; raises ValueError where the one asked for does not."""
-    if backend == "torch" or (backend == "auto" and views[0].device.type != "cuda"):
+    if backend == "torch":
         return "torch"
-    unfit = _unfit_for_triton(*views)
-    if backend == "triton" and unfit:
-        raise ValueError(f"backend: 'triton' does not fit: {unfit}; use 'torch' or 'auto'")
-    return "torch" if unfit else "triton"
+    best = "native" if views[0].device.type == "cpu" else "triton"
+    asked = best if backend == "auto" else backend
+    unfit = _unfit_for_native(*views) if asked == "native" else _unfit_for_triton(*views)
+    if unfit and backend != "auto":
+        raise ValueError(f"backend: {backend!r} does not fit: {unfit}; use 'torch' or 'auto'")
+    return "torch" if unfit else asked
+
+
+def _unfit_for_native(*views: Tensor) -> str:
+    """Why the native backend cannot take these embeddings; empty where it can."""
+    if views[0].device.type != "cpu":
+        return f"embeddings on {views[0].device}, a CPU is needed"
+    if native.broken:
+        warnings.warn(native.missing, RuntimeWarning, stacklevel=4)
+    return native.missing
 
 
 def _unfit_for_triton(*views: Tensor) -> str:

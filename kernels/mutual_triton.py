@@ -5,16 +5,15 @@ The passes themselves stand in passes_triton.py, the maths in reference.py.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels import embed_triton, tiles
-from kernels.collectives import world_size
+from kernels import embed_triton, forward_gradients, tiles
+from kernels.collectives import group_called, name_of, world_size
 from kernels.passes_triton import Embedded, compute
 from kernels.problem import pose
 
@@ -45,15 +44,6 @@ def _embed(
 
 
 # -- operators -----------------------------------------------------------------------------------------------------
-# A group travels by its name, "" for none: operators take no Python objects.
-
-
-def _name(group: dist.ProcessGroup | None) -> str:
-    return "" if group is None else group.group_name
-
-
-def _group(name: str) -> dist.ProcessGroup | None:
-    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("dogo::embed", mutates_args=())
@@ -61,13 +51,13 @@ def embed_op(
     x: Tensor, y: Tensor, tau_contrast: float | None, tau_distill: float | None, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(x):
-        return tuple(_embed(x, y, tau_contrast, tau_distill, _group(group))[0])  # type: ignore[return-value]
+        return tuple(_embed(x, y, tau_contrast, tau_distill, group_called(group))[0])  # type: ignore[return-value]
 
 
 @embed_op.register_fake
 def _(x, y, tau_contrast, tau_distill, group):
     n, D = x.shape
-    shape = (2, tiles.pitch(n * world_size(_group(group))), tiles.padded_width(D))
+    shape = (2, tiles.pitch(n * world_size(group_called(group))), tiles.padded_width(D))
     return (
         x.new_empty(shape, dtype=STORAGE),
         x.new_empty((2, n), dtype=torch.float32),
@@ -79,7 +69,7 @@ def _(x, y, tau_contrast, tau_distill, group):
 def ntxent_op(
     x: Tensor, y: Tensor, z: Tensor, inverse_norm: Tensor, positive: Tensor, tau: float, group: str, gradients: bool
 ) -> tuple[Tensor, Tensor]:
-    ranks = _group(group)
+    ranks = group_called(group)
     problem = pose(x.shape[0], (x.shape[1],), ranks, tau, None, (0.0, 0.0), False, x.device)
     with torch.cuda.device_of(x):
         loss, _, _, *grads = compute(problem, [(x, y)], [Embedded(z, inverse_norm, positive)], ranks, gradients)
@@ -88,7 +78,7 @@ def ntxent_op(
 
 @ntxent_op.register_fake
 def _(x, y, z, inverse_norm, positive, tau, group, gradients):
-    return x.new_empty((), dtype=torch.float32), _fake_gradient(x, gradients)
+    return x.new_empty((), dtype=torch.float32), forward_gradients.fake(x, gradients, torch.float32)
 
 
 @torch.library.custom_op("dogo::mutual", mutates_args=())
@@ -98,7 +88,7 @@ def mutual_op(
     tau_contrast: float | None, tau_distill: float, weight_a: float, weight_b: float, mean: bool,
     group: str, gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    ranks = _group(group)
+    ranks = group_called(group)
     D = (x_a.shape[1], x_b.shape[1])
     problem = pose(x_a.shape[0], D, ranks, tau_contrast, tau_distill, (weight_a, weight_b), mean, x_a.device)
     embedded = [Embedded(z_a, inverse_norm_a, positive_a), Embedded(z_b, inverse_norm_b, positive_b)]
@@ -113,52 +103,7 @@ def _(
     tau_contrast, tau_distill, weight_a, weight_b, mean, group, gradients,
 ):  # fmt: skip
     scalar = [x_a.new_empty(shape, dtype=torch.float32) for shape in ((), (), (4,))]
-    return *scalar, _fake_gradient(x_a, gradients), _fake_gradient(x_b, gradients)
-
-
-def _fake_gradient(x: Tensor, gradients: bool) -> Tensor:
-    return x.new_empty((2, *x.shape) if gradients else (0,), dtype=torch.float32)
-
-
-def _scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of both views: float32 until they are scaled, since float16 ones of a mean over M rows vanish."""
-    if upstream is None:
-        return None, None
-    x, y = (gradient * upstream).to(dtype).unbind()
-    return x, y
-
-
-def _save_ntxent(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, gradient = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(gradient)
-    ctx.dtype = inputs[0].dtype
-
-
-# Once: a second derivative would take the gradient for a constant, silently.
-@once_differentiable
-def _scale_ntxent(ctx: Any, upstream: Tensor | None, _gradient: None) -> tuple:
-    return *_scaled(ctx.saved_tensors[0], upstream, ctx.dtype), *[None] * 6
-
-
-def _save_mutual(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, _, terms, *gradients = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(terms, *gradients)
-    ctx.save_for_backward(*gradients)
-    ctx.dtypes = inputs[0].dtype, inputs[5].dtype
-
-
-@once_differentiable
-def _scale_mutual(ctx: Any, upstream_a: Tensor | None, upstream_b: Tensor | None, *_others: None) -> tuple:
-    (gradient_a, gradient_b), (dtype_a, dtype_b) = ctx.saved_tensors, ctx.dtypes
-    peer_a, peer_b = _scaled(gradient_a, upstream_a, dtype_a), _scaled(gradient_b, upstream_b, dtype_b)
-    return *peer_a, None, None, None, *peer_b, None, None, None, *[None] * 7
-
-
-ntxent_op.register_autograd(_scale_ntxent, setup_context=_save_ntxent)
-mutual_op.register_autograd(_scale_mutual, setup_context=_save_mutual)
+    return *scalar, *(forward_gradients.fake(x, gradients, torch.float32) for x in (x_a, x_b))
 
 
 # -- what mutual.py calls ------------------------------------------------------------------------------------------
@@ -179,14 +124,11 @@ def start_gather(
         return Gathering(*_embed(x.detach(), y.detach(), tau_contrast, tau_distill, group, wait=False))
 
 
-def _wanted(*views: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(view.requires_grad for view in views)
-
-
 def ntxent(x: Tensor, y: Tensor, tau: float, group: dist.ProcessGroup | None) -> Tensor:
     """NT-Xent of the global batch; gradients W times the true ones."""
-    embedded = embed_op(x.detach(), y.detach(), tau, None, _name(group))
-    return ntxent_op(x, y, *embedded, tau, _name(group), _wanted(x, y))[0]
+    embedded = embed_op(x.detach(), y.detach(), tau, None, name_of(group))
+    loss, gradient = ntxent_op(x.detach(), y.detach(), *embedded, tau, name_of(group), forward_gradients.wanted(x, y))
+    return forward_gradients.attach(loss, x, y, gradient)
 
 
 def mutual(
@@ -202,14 +144,15 @@ def mutual(
     inputs: list[Tensor] = []
     for (x, y), gathering in zip(views, started, strict=True):
         if gathering is None:
-            embedded = embed_op(x.detach(), y.detach(), tau_contrast, tau_distill, _name(group))
+            embedded = embed_op(x.detach(), y.detach(), tau_contrast, tau_distill, name_of(group))
         else:
             for work in gathering.works:
                 work.wait()
             embedded = gathering.embedded
-        inputs += (x, y, *embedded)
-    gradients = _wanted(*views[0], *views[1])
-    loss_a, loss_b, terms, _, _ = mutual_op(
-        *inputs, tau_contrast, tau_distill, float(weights[0]), float(weights[1]), mean, _name(group), gradients
+        inputs += (x.detach(), y.detach(), *embedded)
+    gradients = forward_gradients.wanted(*views[0], *views[1])
+    loss_a, loss_b, terms, gradient_a, gradient_b = mutual_op(
+        *inputs, tau_contrast, tau_distill, float(weights[0]), float(weights[1]), mean, name_of(group), gradients
     )
-    return loss_a, loss_b, terms
+    loss_a = forward_gradients.attach(loss_a, *views[0], gradient_a)
+    return loss_a, forward_gradients.attach(loss_b, *views[1], gradient_b), terms

@@ -1,5 +1,6 @@
 """The public losses: against independent float64 computations, over ranks, in half precision, and on bad input."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,7 +8,19 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from kernels import MutualLoss, mutual_loss, ntxent_loss, similarity_kl
+import kernels
+from kernels import MutualLoss, mutual_loss, native, ntxent_loss, similarity_kl
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def backend(request, monkeypatch):
+    """Every test of this file runs on both backends of a CPU."""
+    if request.param == "native" and native.core is None:
+        pytest.skip(native.missing)
+    for name in ("mutual_loss", "ntxent_loss", "similarity_kl"):
+        chosen = functools.partial(getattr(kernels, name), backend=request.param)
+        monkeypatch.setattr(request.module, name, chosen)
+    return request.param
 
 
 def embeddings(N: int, D: int, seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -78,6 +91,30 @@ def test_each_loss_sends_gradient_to_its_own_peer_only():
     assert torch.autograd.grad(ours.loss_a, inputs[2:], retain_graph=True, allow_unused=True) == (None, None)
     assert torch.autograd.grad(ours.loss_b, inputs[:2], retain_graph=True, allow_unused=True) == (None, None)
     assert all(not term.requires_grad for term in ours[2:])
+
+
+def test_each_loss_goes_backward_by_itself():
+    """As two engines send theirs: one after the other, each through its own network, neither keeping its graph."""
+    inputs = [*embeddings(7, 5, 2), *embeddings(7, 3, 3)]
+    whole = mutual_loss(*inputs)
+    wanted = torch.autograd.grad(whole.loss_a + whole.loss_b, inputs)
+    networks = [torch.nn.Linear(D, D, dtype=torch.float64) for D in (5, 3)]
+    for order in ((0, 1), (1, 0)):
+        hidden = [networks[k // 2](z) for k, z in enumerate(inputs)]
+        both = mutual_loss(*[z + h - h for z, h in zip(inputs, hidden, strict=True)])
+        for z in inputs:
+            z.grad = None
+        for peer in order:
+            both[peer].backward()
+            assert all(
+                (z.grad is None) == (p not in order[: order.index(peer) + 1])
+                for p, z in zip((0, 0, 1, 1), inputs, strict=True)
+            )
+        for z, gradient in zip(inputs, wanted, strict=True):
+            torch.testing.assert_close(z.grad, gradient, rtol=1e-12, atol=1e-14)
+    kl = similarity_kl(*inputs)
+    kl.kl_b.backward()
+    kl.kl_a.backward()
 
 
 def test_gradients_against_finite_differences():
@@ -171,7 +208,7 @@ def test_compiles_without_graph_breaks():
 # -- several ranks -------------------------------------------------------------------------------------------------
 
 
-def losses_of_one_rank(world: int, dtype: torch.dtype) -> tuple[list[float], list[torch.Tensor]]:
+def losses_of_one_rank(world: int, dtype: torch.dtype, backend: str) -> tuple[list[float], list[torch.Tensor]]:
     """Values on this rank and the gradients of its rows, of the sum of all losses."""
     if world > 1:
         dist.init_process_group("gloo")
@@ -179,9 +216,11 @@ def losses_of_one_rank(world: int, dtype: torch.dtype) -> tuple[list[float], lis
     n = 12 // world
     whole = [*embeddings(12, 10, 20, dtype), *embeddings(12, 6, 21, dtype)]
     own = [z.detach()[rank * n : (rank + 1) * n].clone().requires_grad_() for z in whole]
-    both = mutual_loss(*own, weights=(0.7, 1.3), group=group)
-    single = ntxent_loss(*own[:2], tau=0.2, group=group)
-    kl = similarity_kl(*own, group=group, kl_reduction="mean")
+    options = {"group": group, "backend": backend}
+    # 0.01: with exponents that need offsets
+    both = mutual_loss(*own, weights=(0.7, 1.3), **options)
+    single = ntxent_loss(*own[:2], tau=0.01, **options)
+    kl = similarity_kl(*own, kl_reduction="mean", **options)
     total = both.loss_a + both.loss_b + 2 * single + 5 * kl.kl_a + 7 * kl.kl_b
     gradients = torch.autograd.grad(total, own)
     if world > 1:
@@ -191,9 +230,9 @@ def losses_of_one_rank(world: int, dtype: torch.dtype) -> tuple[list[float], lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "dtype"), [(2, torch.float32), (4, torch.float32), (2, torch.float64)])
-def test_ranks_give_the_loss_and_gradient_of_one(world, dtype):
-    expected, expected_gradients = losses_of_one_rank(1, dtype)
-    every = run_ranks(losses_of_one_rank, world, world, dtype)
+def test_ranks_give_the_loss_and_gradient_of_one(world, dtype, backend):
+    expected, expected_gradients = losses_of_one_rank(1, dtype, backend)
+    every = run_ranks(losses_of_one_rank, world, world, dtype, backend)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for values, _ in every:
         assert values == pytest.approx(expected, rel=tolerance)
@@ -234,7 +273,7 @@ def test_bad_views_are_named(arguments, message):
         ({"tau_distill": float("nan")}, "tau_distill: must be positive"),
         ({"tau_distill": -0.1}, "tau_distill: must be positive"),
         ({"kl_reduction": "sum"}, "kl_reduction: 'sum' is unknown; allowed: batchmean, mean"),
-        ({"backend": "cuda"}, "backend: 'cuda' is unknown; allowed: auto, torch"),
+        ({"backend": "cuda"}, "backend: 'cuda' is unknown; allowed: auto, triton, native, torch"),
         ({"weights": (1.0,)}, "weights: two finite numbers"),
         ({"weights": 1.0}, "weights: two finite numbers"),
         ({"tau_contrast": "warm"}, "tau_contrast: must be positive and finite, found 'warm'"),

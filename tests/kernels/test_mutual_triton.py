@@ -371,6 +371,18 @@ def test_embeddings_without_gradient():
     assert torch.equal(first, second)
 
 
+def test_each_loss_goes_backward_by_itself():
+    """As two engines send theirs: one after the other, neither keeping its graph."""
+    inputs = on_device([*embeddings(9, 4, 52), *embeddings(9, 3, 53)])
+    whole = mutual_loss(*inputs, backend="triton")
+    wanted = torch.autograd.grad(whole.loss_a + whole.loss_b, inputs)
+    both = mutual_loss(*inputs, backend="triton")
+    both.loss_a.backward()
+    assert inputs[2].grad is None
+    both.loss_b.backward()
+    assert all(torch.equal(z.grad, gradient) for z, gradient in zip(inputs, wanted, strict=True))
+
+
 def test_second_derivatives_are_refused():
     inputs = on_device([*embeddings(5, 4, 50), *embeddings(5, 3, 51)])
     for loss in (ntxent_loss(*inputs[:2], backend="triton"), mutual_loss(*inputs, backend="triton").loss_a):
@@ -380,12 +392,12 @@ def test_second_derivatives_are_refused():
 
 
 def test_operators_keep_torchs_rules():
-    x, y = on_device(embeddings(9, 5, 29))
-    z = mutual_triton.embed_op(x.detach(), y.detach(), 0.5, 0.1, "")
-    torch.library.opcheck(mutual_triton.embed_op, (x.detach(), y.detach(), 0.5, None, ""))
+    x, y = (z.detach() for z in on_device(embeddings(9, 5, 29)))
+    z = mutual_triton.embed_op(x, y, 0.5, 0.1, "")
+    torch.library.opcheck(mutual_triton.embed_op, (x, y, 0.5, None, ""))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(mutual_triton.ntxent_op, (x, y, *z, 0.5, "", True), test_utils=tests)
-    arguments = (x, y, *z, x.detach(), y.detach(), *z, 0.5, 0.1, 1.0, 1.0, False, "", True)
+    arguments = (x, y, *z, x, y, *z, 0.5, 0.1, 1.0, 1.0, False, "", True)
     torch.library.opcheck(mutual_triton.mutual_op, arguments, test_utils=tests)
 
 

@@ -1,0 +1,77 @@
+// The Python face of the core: arguments are checked here, and the GIL is released for as long as a call works.
+#include <torch/csrc/utils/pybind.h>
+
+#include "embeddings.h"
+#include "loss.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void check_matrix(const at::Tensor& t, const char* name, int64_t dims) {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": a CPU tensor is expected, found one on ", t.device());
+  TORCH_CHECK_VALUE(
+      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name, ": float32 or float64 is expected, found ",
+      t.scalar_type());
+  TORCH_CHECK_VALUE(
+      t.dim() == dims && t.numel() > 0, name, ": ", dims, " dimensions, none empty, are expected, found ", t.sizes());
+}
+
+void check_same(const at::Tensor& a, const at::Tensor& b, const char* name) {
+  TORCH_CHECK_VALUE(
+      a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type(), name, ": ", b.scalar_type(), b.sizes(),
+      " differs from ", a.scalar_type(), a.sizes());
+}
+
+std::tuple<at::Tensor, at::Tensor> normalize(const at::Tensor& x, const at::Tensor& y) {
+  check_matrix(x, "x", 2);
+  check_matrix(y, "y", 2);
+  check_same(x, y, "y");
+  return dogo::normalize(x, y);
+}
+
+void check_tau(const std::optional<double>& tau, const char* name) {
+  TORCH_CHECK_VALUE(!tau || (*tau > 0 && std::isfinite(*tau)), name, ": must be positive and finite, found ", *tau);
+}
+
+std::unique_ptr<dogo::Loss> make_loss(
+    const std::vector<at::Tensor>& z, int64_t world, int64_t rank, std::optional<double> tau_contrast,
+    std::optional<double> tau_distill, std::vector<double> weights, bool mean) {
+  TORCH_CHECK_VALUE(z.size() == 1 || z.size() == 2, "z: one peer or two are expected, found ", z.size());
+  for (const auto& unit : z) {
+    check_matrix(unit, "z", 3);
+    TORCH_CHECK_VALUE(
+        unit.size(0) == 2 && unit.is_contiguous(), "z: contiguous [2, N, D] is expected, found ", unit.sizes());
+    TORCH_CHECK_VALUE(
+        unit.size(1) == z[0].size(1) && unit.scalar_type() == z[0].scalar_type(), "z: peers of ", z[0].size(1), " ",
+        z[0].scalar_type(), " and ", unit.size(1), " ", unit.scalar_type(), " images");
+  }
+  const int64_t N = z[0].size(1);
+  TORCH_CHECK_VALUE(world >= 1 && rank >= 0 && rank < world, "rank: ", rank, " of ", world, " ranks");
+  TORCH_CHECK_VALUE(
+      N % world == 0 && N >= 2, "z: ", N, " images, at least 2 and the same number on each of ", world,
+      " ranks are needed");
+  TORCH_CHECK_VALUE(tau_contrast || tau_distill, "tau_contrast, tau_distill: at least one is needed");
+  check_tau(tau_contrast, "tau_contrast");
+  check_tau(tau_distill, "tau_distill");
+  TORCH_CHECK_VALUE(!tau_distill || z.size() == 2, "tau_distill: two peers are needed, found ", z.size());
+  TORCH_CHECK_VALUE(weights.size() == z.size(), "weights: one a peer is expected, found ", weights.size());
+  return dogo::make_loss(z, {N / world, world, rank, tau_contrast, tau_distill, std::move(weights), mean});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("has_cuda") = DOGO_CUDA != 0;
+  m.attr("left_out") = DOGO_LEFT_OUT;  // why there is no CUDA part
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("normalize", &normalize, release(), py::arg("x"), py::arg("y"));
+  py::class_<dogo::Loss>(m, "Loss")
+      .def(
+          py::init(&make_loss), release(), py::arg("z"), py::kw_only(), py::arg("world"), py::arg("rank"),
+          py::arg("tau_contrast"), py::arg("tau_distill"), py::arg("weights"), py::arg("mean"))
+      .def_property_readonly("needs_maxima", &dogo::Loss::needs_maxima)
+      .def("maxima", &dogo::Loss::maxima, release())
+      .def("sums", &dogo::Loss::sums, release())
+      .def("finish", &dogo::Loss::finish, release(), py::arg("inverse_norms"));
+}

@@ -1,0 +1,45 @@
+// The losses of two peers (or of one) and their gradients, tile by tile; the maths stands in loss.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace dogo {
+
+struct Settings {
+  int64_t n;  // images of this rank
+  int64_t world = 1, rank = 0;
+  std::optional<double> tau_contrast;  // NT-Xent, where given
+  std::optional<double> tau_distill;   // KL between two peers, where given
+  std::vector<double> weights;         // of the KL in either peer's gradient
+  bool mean = false;                   // the KL over all N^2 entries, not over rows
+};
+
+// One loss from unit vectors to gradients.  Between its steps ranks reduce, in place, the tensors that it returned.
+class Loss {
+ public:
+  virtual ~Loss() = default;
+
+  // Whether exponentials need an offset; if so, `maxima` comes first.
+  virtual bool needs_maxima() const = 0;
+
+  // [peers, 3, N] largest logits of rows over this rank's share of tiles, to be reduced by max: NT-Xent of view 1, of
+  // view 2, KL.
+  virtual at::Tensor maxima() = 0;
+
+  // float64 [peers, 3, N] sums of exponentials over this rank's share, positives left out, to be reduced by sum.
+  virtual at::Tensor sums() = 0;
+
+  // float64 [peers, 2]: NT-Xent of the global batch, and this rank's share of the KL.  With `inverse_norms`, a peer
+  // each as from `normalize`, also the gradients of raw embeddings [2, n, D] a peer, `world` times the true ones.
+  virtual std::tuple<at::Tensor, std::vector<at::Tensor>> finish(const std::vector<at::Tensor>& inverse_norms) = 0;
+};
+
+// z: unit rows [2, N, D] of all ranks, a peer each, float32 or float64.
+std::unique_ptr<Loss> make_loss(const std::vector<at::Tensor>& z, const Settings& settings);
+
+}  // namespace dogo
