@@ -20,7 +20,7 @@ from bench.harness import Call, Failure, guarded
 from bench.providers import BACKWARD, FORWARD, GRAPH, Provider, Views
 from bench.rows import RESULTS, Environment, Row, Stats, append_rows, environment, make_row
 
-SIZES = {"cuda": (512, 2048, 8192, 32768, 65536, 131072), "cpu": (256, 1024, 4096)}
+SIZES = {"cuda": (512, 2048, 8192, 32768, 65536, 131072), "cpu": (256, 1024, 4096, 8192, 16384)}
 QUICK_SIZES = {"cuda": (2048, 8192, 65536), "cpu": (256, 1024)}
 WIDTH, OTHER_WIDTHS = 128, (64, 256, 512)
 OTHER_WIDTHS_AT = {"cuda": 8192, "cpu": 1024}
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
         if not options.no_write:
             append_rows(rows, path)
         measured += rows
-    loss_report.print_targets(measured, bench.gradient_errors.get("triton"))
+    loss_report.print_targets(measured, bench.gradient_errors)
     if measured and not options.no_write:
         loss_report.plot(path)
     for name in dict.fromkeys(bench.wrong):

@@ -89,65 +89,87 @@ def limits_line(mode: str, loss: str, M: int, D: int, device_name: str) -> str |
 
 
 class Target(NamedTuple):
-    """A bound on `triton` for the mutual loss at D = 128."""
+    """A bound on one of our providers for the mutual loss at D = 128."""
 
     M: int
     mode: str
-    what: str  # ms, bytes, or the provider whose time is divided by ours (`own/` in front: ours by its)
+    what: str  # ms; bytes; `time/NAME`: NAME's time over ours; `memory/NAME`; `own/NAME`: our time over NAME's
     bound: float
 
+    @property
+    def at_most(self) -> bool:
+        """Whether the bound is an upper one."""
+        return self.what in ("ms", "bytes") or self.what.startswith("own/")
 
-TARGETS = (
+
+H200_TARGETS = (
     *(Target(M, mode, "ms", 0.040) for M in (512, 2048) for mode in (BACKWARD, GRAPH)),
     *(Target(8192, mode, "ms", 0.25) for mode in (BACKWARD, GRAPH)),
-    *(Target(8192, mode, "eager", 20) for mode in (BACKWARD, GRAPH)),
-    *(Target(8192, mode, "compiled", 8) for mode in (BACKWARD, GRAPH)),
+    *(Target(8192, mode, "time/eager", 20) for mode in (BACKWARD, GRAPH)),
+    *(Target(8192, mode, "time/compiled", 8) for mode in (BACKWARD, GRAPH)),
     Target(65536, FORWARD, "ms", 2.3),
     Target(65536, BACKWARD, "ms", 11),
     *(Target(M, BACKWARD, f"own/{TWO_NTXENT}", 1.10) for M in (8192, 32768, 65536)),
     Target(2**20, BACKWARD, "ms", 3000),
     Target(2**20, BACKWARD, "bytes", 2.5e9),
 )
-TARGET_DEVICE = "NVIDIA H200"
+CPU_TARGETS = (  # two cores
+    Target(256, BACKWARD, "time/torch", 1),
+    Target(4096, BACKWARD, "time/torch", 1.3),
+    Target(8192, BACKWARD, "time/torch", 3),
+    Target(16384, BACKWARD, "time/torch", 3),
+    Target(16384, BACKWARD, "memory/torch", 50),
+)
+GRADIENT_ERROR = 3e-4  # of `triton` against float64, relative, at temperatures from 0.1
 
 
-GRADIENT_ERROR = 3e-4  # against float64, relative, at temperatures from 0.1
+def _targets(device_name: str) -> tuple[str, tuple[Target, ...]]:
+    """Whose targets hold for a device, and which; none where none were set."""
+    if device_name == "NVIDIA H200":
+        return "triton", H200_TARGETS
+    return "native", CPU_TARGETS if device_name.startswith("2 cores") else ()
 
 
-def print_targets(rows: list[Row], gradient_error: float | None) -> None:
-    """Measured values beside the targets, which hold for one device."""
-    if not rows or rows[0].device_name != TARGET_DEVICE or rows[0].case["loss"] != "mutual":
+def print_targets(rows: list[Row], gradient_errors: Mapping[str, float]) -> None:
+    """Measured values beside the targets, which hold for one kind of device each."""
+    if not rows or rows[0].case["loss"] != "mutual":
         return
-    table = Table(title=f"targets ({TARGET_DEVICE}, D = 128, both peers)", title_justify="left")
+    ours, targets = _targets(rows[0].device_name)
+    values = [(target, value) for target in targets if (value := measured(target, ours, rows)) is not None]
+    if not values:
+        return
+    table = Table(title=f"targets of {ours} ({rows[0].device_name}, D = 128, both peers)", title_justify="left")
     for column in ("M", "mode", "what", "measured", "target", ""):
         table.add_column(column)
-    for target in TARGETS:
-        if (value := measured(target, rows)) is not None:
-            table.add_row(*_target_cells(target, value))
-    if gradient_error is not None:
-        met = "met" if gradient_error <= GRADIENT_ERROR else "not met"
-        table.add_row("", "", "gradient error", f"{gradient_error:.1e}", f"<= {GRADIENT_ERROR:g}", met)
+    for target, value in values:
+        table.add_row(*_target_cells(target, value))
+    if ours == "triton" and ours in gradient_errors:
+        met = "met" if gradient_errors[ours] <= GRADIENT_ERROR else "not met"
+        table.add_row("", "", "gradient error", f"{gradient_errors[ours]:.1e}", f"<= {GRADIENT_ERROR:g}", met)
     _console().print(table)
 
 
-def measured(target: Target, rows: list[Row]) -> float | None:
+def measured(target: Target, ours: str, rows: list[Row]) -> float | None:
     """The target's quantity in these rows, None where they do not hold it."""
     case = {"M": target.M, "D": 128, "mode": target.mode}
     if target.what in ("ms", "bytes"):
-        return _p50(rows, "triton", target.what, case=case)
-    ours = _p50(rows, "triton", case=case)
-    if target.what.startswith("own/"):
-        return _ratio(ours, _p50(rows, target.what.removeprefix("own/"), case=case))
-    return _ratio(_p50(rows, target.what, case=case), ours)
+        return _p50(rows, ours, target.what, case=case)
+    kind, _, other = target.what.partition("/")
+    metric = "bytes" if kind == "memory" else "ms"
+    own, others = _p50(rows, ours, metric, case=case), _p50(rows, other, metric, case=case)
+    return _ratio(own, others) if kind == "own" else _ratio(others, own)
 
 
 def _target_cells(target: Target, value: float) -> list[str]:
-    at_most = target.what in ("ms", "bytes") or target.what.startswith("own/")
-    names = {"ms": "ms", "bytes": "bytes, inputs not counted", f"own/{TWO_NTXENT}": "time / two NT-Xent calls"}
-    met = value <= target.bound if at_most else value >= target.bound
+    kind, _, other = target.what.partition("/")
+    names = {
+        "bytes": "bytes, inputs not counted", "time": f"times as fast as {other}", "own": f"time / {other}",
+        "memory": f"memory of {other} / ours",
+    }  # fmt: skip
+    met = value <= target.bound if target.at_most else value >= target.bound
     return [
-        f"{target.M:,}", target.mode, names.get(target.what, f"times as fast as {target.what}"), f"{value:.4g}",
-        f"{'<=' if at_most else '>='} {target.bound:g}", "met" if met else "not met",
+        f"{target.M:,}", target.mode, names.get(kind, kind), f"{value:.4g}",
+        f"{'<=' if target.at_most else '>='} {target.bound:g}", "met" if met else "not met",
     ]  # fmt: skip
 
 
@@ -189,7 +211,7 @@ def _draw(axis, rows: list[Row]) -> None:
     for i, provider in enumerate(p.name for p in PROVIDERS):  # one colour a provider in every panel
         newest = {row.case["M"]: row.p50 * scale for row in rows if row.provider == provider}
         if newest:
-            axis.plot(*zip(*sorted(newest.items()), strict=True), label=provider, marker="o", color=f"C{i}")
+            axis.plot(*zip(*sorted(newest.items()), strict=True), label=provider, marker="os"[i // 10], color=f"C{i}")
     floors = {row.case["M"]: row.floor * scale for row in rows if row.floor is not None}
     if floors:
         axis.plot(*zip(*sorted(floors.items()), strict=True), label="limit", color="black", linestyle="--")

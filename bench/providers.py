@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import baselines
 from bench.baselines import TAU_CONTRAST, TAU_DISTILL, LossFunction, Unavailable, both_peers
-from kernels import mutual_loss, ntxent_loss, reference
+from kernels import mutual_loss, native, ntxent_loss, reference
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 GRAPH = "forward+backward in a CUDA graph"  # what the GPU alone takes; small sizes wait for the host otherwise
@@ -52,6 +52,8 @@ def _ours(backend: str) -> Callable[[str, torch.device, int], LossFunction]:
     def build(loss: str, device: torch.device, D: int) -> LossFunction:
         if backend == "triton" and device.type != "cuda":
             raise Unavailable("runs on GPUs only; the interpreter is not timed")
+        if backend == "native" and (device.type != "cpu" or native.missing):
+            raise Unavailable(native.missing or "runs on CPUs only")
         if loss == "ntxent":
             return both_peers(lambda x, y: ntxent_loss(x, y, tau=TAU_CONTRAST, backend=backend))
 
@@ -71,10 +73,11 @@ def _triton_twice(loss: str, device: torch.device, D: int) -> LossFunction:
 
 
 TWO_NTXENT = "triton, two ntxent"  # beside `triton` it tells what the KL costs
-OWN = ("triton", TWO_NTXENT, "torch")
+OWN = ("triton", TWO_NTXENT, "native", "torch")
 PROVIDERS = (
     Provider("triton", _ours("triton"), "float16", (2, 10)),
     Provider(TWO_NTXENT, _triton_twice, "float16", (2, 10), "ntxent"),
+    Provider("native", _ours("native"), "float32", (3, 8)),
     Provider("torch", _ours("torch"), "tf32", (4, 12), held=_matrices),
     Provider("eager", baselines.build_eager, "tf32", (4, 12), held=_matrices),
     Provider("compiled", baselines.build_compiled, "tf32", (4, 12), held=_matrices),

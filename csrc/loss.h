@@ -4,20 +4,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-namespace dogo {
+#include "problem.h"
 
-struct Settings {
-  int64_t n;  // images of this rank
-  int64_t world = 1, rank = 0;
-  std::optional<double> tau_contrast;  // NT-Xent, where given
-  std::optional<double> tau_distill;   // KL between two peers, where given
-  std::vector<double> weights;         // of the KL in either peer's gradient
-  bool mean = false;                   // the KL over all N^2 entries, not over rows
-};
+namespace dogo {
 
 // One loss from unit vectors to gradients.  Between its steps ranks reduce, in place, the tensors that it returned.
 class Loss {

@@ -170,12 +170,12 @@ def test_targets_compare_rows_of_one_run(capsys):
         gpu_row("triton", 65536, BACKWARD, 11.0), gpu_row(TWO_NTXENT, 65536, BACKWARD, 10.0),
         gpu_row("triton", 2**20, BACKWARD, 2.4e9, "bytes"),
     ]  # fmt: skip
-    found = {(t.M, t.what): loss_report.measured(t, rows) for t in loss_report.TARGETS if t.mode in (GRAPH, BACKWARD)}
+    found = {(t.M, t.what): loss_report.measured(t, "triton", rows) for t in loss_report.H200_TARGETS}
     assert found[65536, f"own/{TWO_NTXENT}"] == pytest.approx(1.1)
     assert found[65536, "ms"] == 11.0
     assert found[2**20, "bytes"] == 2.4e9
     assert found[2**20, "ms"] is None
-    loss_report.print_targets(rows, 4e-4)
+    loss_report.print_targets(rows, {"triton": 4e-4})
     out = capsys.readouterr().out
     assert [line.split("│")[-2].strip() for line in out.splitlines() if "│" in line] == [
         "met", "met", "not met", "met", "met", "met", "not met",
@@ -184,8 +184,19 @@ def test_targets_compare_rows_of_one_run(capsys):
 
 def test_targets_are_those_of_one_device(capsys):
     rows = [type(row)(**{**vars(row), "device_name": "another GPU"}) for row in [gpu_row("triton", 8192, GRAPH, 0.2)]]
-    loss_report.print_targets(rows, 1e-4)
+    loss_report.print_targets(rows, {"triton": 1e-4})
     assert capsys.readouterr().out == ""
+
+
+def test_targets_of_the_native_core_are_ratios(capsys):
+    cores = {"device_name": "2 cores (of any make)"}
+    made = [
+        gpu_row("native", 8192, BACKWARD, 100.0), gpu_row("torch", 8192, BACKWARD, 250.0),
+        gpu_row("native", 16384, BACKWARD, 1e8, "bytes"), gpu_row("torch", 16384, BACKWARD, 6e9, "bytes"),
+    ]  # fmt: skip
+    loss_report.print_targets([type(row)(**{**vars(row), **cores}) for row in made], {})
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [(line[4].strip(), line[6].strip()) for line in lines] == [("2.5", "not met"), ("60", "met")]
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -195,7 +206,7 @@ def test_default_cases():
     def points(argv, device):
         return [(case.M, case.D) for case in loss.cases(loss.parse(argv, device), device)]
 
-    assert points([], "cpu") == [(256, 128), (1024, 128), (4096, 128)]
+    assert points([], "cpu") == [(256, 128), (1024, 128), (4096, 128), (8192, 128), (16384, 128)]
     assert points([], "cuda") == [
         *((M, 128) for M in (512, 2048, 8192, 32768, 65536, 131072)), (8192, 64), (8192, 256), (8192, 512),
     ]  # fmt: skip
@@ -229,7 +240,7 @@ def test_rows_and_plots_are_written(tmp_path, monkeypatch):
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(tuple(row) == ROW_KEYS for row in written)
     assert {(row["provider"], row["case"]["M"]) for row in written} == {
-        (name, M) for name in ("torch", "eager", "official") for M in (8, 32)
+        (name, M) for name in ("native", "torch", "eager", "official") for M in (8, 32)
     }
     picture = path.with_name("loss_mutual.png")
     assert picture.stat().st_size > 10_000
