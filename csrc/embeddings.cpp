@@ -90,8 +90,8 @@ template <typename T>
 Gradients<T>::Gradients(int64_t D, const std::vector<Block>& blocks, int64_t side) : side(side), D(D) {
   int32_t own = 0;
   for (const auto& block : blocks) place.push_back(block.own ? own++ : -1);
-  rows.resize(own * side * D);
-  columns.resize(own * side * D);
+  rows = Buffer<T>(own * side * D);
+  columns = Buffer<T>(own * side * D);
 }
 
 template <typename T>

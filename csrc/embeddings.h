@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "buffer.h"
 #include "schedule.h"
 
 namespace dogo {
@@ -19,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor> normalize(const at::Tensor& x, const at::Tens
 template <typename T>
 struct Packed {
   int64_t side, D;
-  std::vector<T> rows, columns;
+  Buffer<T> rows, columns;
 
   // z: [2, N, D]
   Packed(const at::Tensor& z, const std::vector<Block>& blocks, int64_t side);
@@ -32,7 +33,7 @@ template <typename T>
 struct Gradients {
   int64_t side, D;
   std::vector<int32_t> place;  // of a block among the own ones, -1 where it is another rank's
-  std::vector<T> rows, columns;
+  Buffer<T> rows, columns;
 
   Gradients(int64_t D, const std::vector<Block>& blocks, int64_t side);
   T* block(int64_t b) { return rows.data() + place[b] * side * D; }

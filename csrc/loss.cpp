@@ -17,7 +17,7 @@
 // The positive's weight is -(left_i + left_pos) for c, and its P_a - P_b is left_b - left_a: small and exact in rows
 // that have learned their positive, where 1 - P in float32 is noise.
 //
-// Work, forward and backward: 4 M^2 D FLOP a peer (plain PyTorch: 6), M^2 + N^2 exponentials a peer.  Memory: five
+// Work, forward and backward: 4 M^2 D FLOP a peer (plain PyTorch: 6), M^2 + N^2 exponentials a peer.  Memory: five times
 // times z, and three tiles a thread.
 #include "loss.h"
 
@@ -52,7 +52,7 @@ struct Part {
 // What one tile of both peers goes through in sweep 2: similarities, then weights; and both KLs of its rows.
 template <typename T>
 struct Tile {
-  std::vector<T> S[2], Q;
+  Buffer<T> S[2], Q;
   std::vector<double> kl[2];
 };
 
@@ -71,7 +71,7 @@ class Sweeps final : public Loss {
   Exponent<T> exponent(size_t p, Kind kind, const Task& task) const;
   template <typename Tile, typename Merge>
   at::Tensor first_sweep(double start, const Tile& tile, const Merge& merge) const;
-  void weigh(const Task& task, const std::vector<T>& ratios, bool differentiate, Tile<T>& tile) const;
+  void weigh(const Task& task, const Buffer<T>& ratios, bool differentiate, Tile<T>& tile) const;
   std::array<double, 2> second_sweep(std::vector<Gradients<T>>& gradients) const;
 
   const Problem problem_;
@@ -131,26 +131,26 @@ at::Tensor Sweeps<T>::first_sweep(double start, const Tile& tile, const Merge& m
   const auto tasks =
       choose(pairs_, problem_.count(), [&](const Task&) { return k++ % problem_.world == problem_.rank; });
   run(tasks, problem_.count(), [&](Turns& turns) {
-    return [&, S = std::vector<T>(problem_.side * problem_.side),
-            parts = std::vector<Part>(peers)](const Task& task) mutable {
-      const at::AutoDispatchBelowADInplaceOrView guard;
-      for (int64_t p = 0; p < peers; ++p) {
-        for (auto* part : {&parts[p].rows, &parts[p].cols, &parts[p].distill}) part->assign(problem_.side, start);
-        similarities(p, task, S.data());
-        tile(p, task, S.data(), parts[p]);
-      }
-      turns.take(task.I, task.turn_I, [&] {
-        for (int64_t p = 0; p < peers; ++p) {
-          if (problem_.contrast) add(p, task.I, problem_.kind_of(task.I), parts[p].rows);
-          if (problem_.distills(task)) add(p, task.I, kDistill, parts[p].distill);
-        }
-      });
-      if (task.I == task.J) return;
-      turns.take(task.J, task.turn_J, [&] {
-        for (int64_t p = 0; p < peers && problem_.contrast; ++p)
-          add(p, task.J, problem_.kind_of(task.J), parts[p].cols);
-      });
-    };
+    return
+        [&, S = Buffer<T>(problem_.side * problem_.side), parts = std::vector<Part>(peers)](const Task& task) mutable {
+          const at::AutoDispatchBelowADInplaceOrView guard;
+          for (int64_t p = 0; p < peers; ++p) {
+            for (auto* part : {&parts[p].rows, &parts[p].cols, &parts[p].distill}) part->assign(problem_.side, start);
+            similarities(p, task, S.data());
+            tile(p, task, S.data(), parts[p]);
+          }
+          turns.take(task.I, task.turn_I, [&] {
+            for (int64_t p = 0; p < peers; ++p) {
+              if (problem_.contrast) add(p, task.I, problem_.kind_of(task.I), parts[p].rows);
+              if (problem_.distills(task)) add(p, task.I, kDistill, parts[p].distill);
+            }
+          });
+          if (task.I == task.J) return;
+          turns.take(task.J, task.turn_J, [&] {
+            for (int64_t p = 0; p < peers && problem_.contrast; ++p)
+              add(p, task.J, problem_.kind_of(task.J), parts[p].cols);
+          });
+        };
   });
   return result;
 }
@@ -194,7 +194,7 @@ at::Tensor Sweeps<T>::sums() {
 
 // Both peers' KLs of the tile's rows and, to `differentiate`, their weights W_ij in place of S.
 template <typename T>
-void Sweeps<T>::weigh(const Task& task, const std::vector<T>& ratios, bool differentiate, Tile<T>& tile) const {
+void Sweeps<T>::weigh(const Task& task, const Buffer<T>& ratios, bool differentiate, Tile<T>& tile) const {
   const int64_t side = problem_.side, rows = problem_.blocks[task.I].images;
   const int64_t at_I = task.I * side, at_J = task.J * side;
   for (size_t p = 0; p < z_.size(); ++p) similarities(p, task, tile.S[p].data());
@@ -230,12 +230,12 @@ std::array<double, 2> Sweeps<T>::second_sweep(std::vector<Gradients<T>>& gradien
   const auto tasks = choose(pairs_, problem_.count(), [&](const Task& task) {
     return differentiate ? own(task.I) || own(task.J) : problem_.distills(task) && own(task.I);
   });
-  const auto ratios = problem_.distill ? log_ratios(problem_, rows_[0], rows_[1]) : std::vector<T>();
+  const auto ratios = problem_.distill ? log_ratios(problem_, rows_[0], rows_[1]) : Buffer<T>();
   std::vector<std::array<double, 2>> values(problem_.count());  // a block of rows
   run(tasks, problem_.count(), [&](Turns& turns) {
     Tile<T> scratch;
-    for (size_t p = 0; p < z_.size(); ++p) scratch.S[p].resize(side * side);
-    if (problem_.distill) scratch.Q.resize(side * side);
+    for (size_t p = 0; p < z_.size(); ++p) scratch.S[p] = Buffer<T>(side * side);
+    if (problem_.distill) scratch.Q = Buffer<T>(side * side);
     return [&, tile = std::move(scratch)](const Task& task) mutable {
       const at::AutoDispatchBelowADInplaceOrView guard;
       weigh(task, ratios, differentiate, tile);

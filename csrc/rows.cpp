@@ -16,9 +16,9 @@ Softmax::Softmax(double log_rest, double positive) {
 
 template <typename T>
 void Rows<T>::take_maxima(const Problem& problem, const double* maxima) {
-  const auto take = [&](std::vector<T>& offset, bool kl) {
+  const auto take = [&](Buffer<T>& offset, bool kl) {
     if (!problem.offsets[kl ? kDistill : kView1]) return;
-    offset.assign(problem.count() * problem.side, 0);
+    offset = Buffer<T>(problem.count() * problem.side);
     for (int32_t b = 0; b < problem.count(); ++b) {
       const auto* from = maxima + (kl ? kDistill : problem.kind_of(b)) * problem.N + problem.blocks[b].first_image;
       std::copy_n(from, problem.blocks[b].images, offset.begin() + b * problem.side);
@@ -32,8 +32,8 @@ template <typename T>
 double Rows<T>::take_sums(const Problem& problem, const double* sums, const at::Tensor& z) {
   const int64_t N = problem.N, D = z.size(2);
   const auto* unit = z.const_data_ptr<T>();
-  softmax.assign(kKinds * N, {});
-  for (auto* values : {&contrast, &distill, &positive}) values->assign(problem.count() * problem.side, 0);
+  softmax = Buffer<Softmax>(kKinds * N);
+  for (auto* values : {&contrast, &distill, &positive}) *values = Buffer<T>(problem.count() * problem.side);
 
   // What exp(s / tau - offset) is multiplied with to be P.
   const auto finish = [&](Kind kind, int64_t image, int64_t row, double cosine) {
@@ -87,8 +87,8 @@ double positives_kl(const Problem& problem, const Rows<T>& own, const Rows<T>& o
 }
 
 template <typename T>
-std::vector<T> log_ratios(const Problem& problem, const Rows<T>& a, const Rows<T>& b) {
-  std::vector<T> ratios(problem.count() * problem.side);
+Buffer<T> log_ratios(const Problem& problem, const Rows<T>& a, const Rows<T>& b) {
+  Buffer<T> ratios(problem.count() * problem.side);
   for (int32_t block = 0; block < problem.count(); ++block) {
     for (int64_t i = 0; i < problem.blocks[block].images; ++i) {
       const int64_t row = kDistill * problem.N + problem.blocks[block].first_image + i;
@@ -102,7 +102,7 @@ template struct Rows<float>;
 template struct Rows<double>;
 template double positives_kl(const Problem&, const Rows<float>&, const Rows<float>&);
 template double positives_kl(const Problem&, const Rows<double>&, const Rows<double>&);
-template std::vector<float> log_ratios(const Problem&, const Rows<float>&, const Rows<float>&);
-template std::vector<double> log_ratios(const Problem&, const Rows<double>&, const Rows<double>&);
+template Buffer<float> log_ratios(const Problem&, const Rows<float>&, const Rows<float>&);
+template Buffer<double> log_ratios(const Problem&, const Rows<double>&, const Rows<double>&);
 
 }  // namespace dogo

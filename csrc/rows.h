@@ -3,8 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <vector>
-
+#include "buffer.h"
 #include "problem.h"
 
 namespace dogo {
@@ -20,10 +19,10 @@ struct Softmax {
 // One peer's rows in the order of blocks, `side` for each block; `softmax` by kind and image, [3 N].
 template <typename T>
 struct Rows {
-  std::vector<T> contrast_offset, distill_offset;  // empty where none are needed
-  std::vector<T> contrast, distill;                // what turns exp(s / tau - offset) into W_ij's share, into P
-  std::vector<T> positive;                         // W_ij of the positive, for rows of view 1
-  std::vector<Softmax> softmax;
+  Buffer<T> contrast_offset, distill_offset;  // empty where none are needed
+  Buffer<T> contrast, distill;                // what turns exp(s / tau - offset) into W_ij's share, into P
+  Buffer<T> positive;                         // W_ij of the positive, for rows of view 1
+  Buffer<Softmax> softmax;
 
   // `maxima`: [3, N] of this peer.
   void take_maxima(const Problem& problem, const double* maxima);
@@ -41,6 +40,6 @@ double positives_kl(const Problem& problem, const Rows<T>& own, const Rows<T>& o
 
 // ln of P_b / P_a at equal cosines, a row each in the order of blocks.
 template <typename T>
-std::vector<T> log_ratios(const Problem& problem, const Rows<T>& a, const Rows<T>& b);
+Buffer<T> log_ratios(const Problem& problem, const Rows<T>& a, const Rows<T>& b);
 
 }  // namespace dogo

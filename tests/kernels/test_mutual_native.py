@@ -257,7 +257,7 @@ def test_memory_grows_with_rows_not_pairs():
 
 def test_other_python_threads_run_meanwhile():
     """The GIL is free while the core works."""
-    inputs = single([*embeddings(2048, 64, 50), *embeddings(2048, 64, 51)])
+    inputs = single(embeddings(6000, 64, 50))
     ticks, done = [], threading.Event()
 
     def tick():

@@ -1,0 +1,84 @@
+"""`python -m bench readme`: writes the tables of the README from the newest run of each subject in bench/results.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is typed there is overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.providers import BACKWARD
+from bench.rows import RESULTS, ROOT, Row, read_rows
+
+README = ROOT / "README.md"
+_MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def newest_run(path: Path) -> list[Row]:
+    """The rows that the last command appended: ratios are taken within one run."""
+    rows = read_rows(path)
+    return [row for row in rows if (row.commit, row.date, row.command) == _run(rows[-1])]
+
+
+def _run(row: Row) -> tuple[str, str, str]:
+    return row.commit, row.date, row.command
+
+
+def _p50(rows: list[Row], provider: str, metric: str, **case: object) -> float | None:
+    found = [
+        row.p50 for row in rows
+        if (row.provider, row.metric) == (provider, metric) and case.items() <= row.case.items()
+    ]  # fmt: skip
+    return found[-1] if found else None
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table, numbers to the right."""
+    table = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def _source(rows: list[Row]) -> str:
+    row = rows[-1]
+    return f"\n{row.device_name}, torch {row.torch}, {row.date}, commit {row.commit}: `{row.command}`\n"
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def loss_cpu() -> str:
+    """Forward and backward of both peers at D = 128, native against plain PyTorch."""
+    rows = newest_run(RESULTS / "cpu" / "loss.jsonl")
+    lines = []
+    for M in sorted({row.case["M"] for row in rows}):
+        cell = {"M": M, "D": 128, "mode": BACKWARD}
+        ours, plain = (_p50(rows, name, "ms", **cell) for name in ("native", "torch"))
+        ours_bytes, plain_bytes = (_p50(rows, name, "bytes", **cell) for name in ("native", "torch"))
+        if ours and plain and ours_bytes and plain_bytes:
+            lines.append([
+                f"{M // 2:,}", f"{ours:.3g} ms", f"{plain:.3g} ms", f"{plain / ours:.1f}x",
+                f"{ours_bytes / 2**20:,.3g} MiB", f"{plain_bytes / 2**20:,.0f} MiB", f"{plain_bytes / ours_bytes:.0f}x",
+            ])  # fmt: skip
+    header = ["images N", "`native`", "`torch`", "faster", "memory, `native`", "`torch`", "less"]
+    return markdown(header, lines) + _source(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"loss_cpu": loss_cpu}
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def filled(text: str) -> str:
+    """The README's text with its tables made anew."""
+    return _MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", text)
+
+
+def main(argv: list[str]) -> int:
+    """Writes README.md."""
+    argparse.ArgumentParser("python -m bench readme", description=__doc__.splitlines()[0]).parse_args(argv)
+    README.write_text(filled(README.read_text()))
+    return 0
