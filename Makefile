@@ -37,6 +37,7 @@ check: setup  ## ruff, mypy and clang-format
 
 bench: setup  ## the microbenchmarks that this machine can run
 	$(BIN)/python -m bench loss
+	$(BIN)/python -m bench optimizer
 	$(BIN)/python -m bench budgets
 
 # GPU tests first: what they find comes before any number.
@@ -44,6 +45,7 @@ gpu: setup  ## GPU tests, then the kernels' benchmark; rows under bench/results
 	$(BIN)/python -m pytest tests/kernels tests/engine -m gpu
 	$(BIN)/python -m pytest tests/kernels -m 'not gpu and not slow'
 	$(BIN)/python -m bench loss --quick
+	$(BIN)/python -m bench optimizer --quick
 
 format: setup  ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .

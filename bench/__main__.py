@@ -8,6 +8,7 @@ import sys
 # Each module has `main(argv) -> exit status`, and is imported only when asked for.
 SUBJECTS = {
     "loss": "time and peak memory of the losses against plain PyTorch and other libraries",
+    "optimizer": "one LARS step over a network's tensors against other ways to write it, and fused SGD and AdamW",
     "readme": "the tables of the README from the measured rows",
     "budgets": "registers, spills, shared memory and instructions of the kernels, without a GPU",
 }

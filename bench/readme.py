@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import optimizer
 from bench.providers import BACKWARD
 from bench.rows import RESULTS, ROOT, Row, read_rows
 
@@ -66,7 +67,19 @@ def loss_cpu() -> str:
     return markdown(header, lines) + _source(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"loss_cpu": loss_cpu}
+def optimizer_cpu() -> str:
+    """One LARS step against other ways to write it, and against fused optimizers without norms."""
+    rows = newest_run(RESULTS / "cpu" / "optimizer.jsonl")
+    names = ("native", "torch", "loop", "timm", "sgd", "adamw", optimizer.COPY)
+    lines = []
+    for model in dict.fromkeys(row.case["model"] for row in rows):
+        times = [_p50(rows, name, "ms", model=model) for name in names]
+        lines.append([f"`{model}`", *("-" if ms is None else f"{ms:.3g} ms" for ms in times)])
+    header = ["tensors of", "`native`", "`torch` (foreach)", "loop", "timm", "fused SGD", "fused AdamW", "copy"]
+    return markdown(header, lines) + _source(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"loss_cpu": loss_cpu, "optimizer_cpu": optimizer_cpu}
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "embeddings.h"
+#include "lars.h"
 #include "loss.h"
 
 namespace py = pybind11;
@@ -59,6 +60,60 @@ std::unique_ptr<dogo::Loss> make_loss(
   return dogo::make_loss(z, {N / world, world, rank, tau_contrast, tau_distill, std::move(weights), mean});
 }
 
+// -- LARS
+
+dogo::LarsGroup make_lars_group(
+    double lr, std::optional<at::Tensor> lr_tensor, double momentum, double weight_decay, double eta, bool adapt,
+    bool lr_in_momentum) {
+  TORCH_CHECK_VALUE(
+      !lr_tensor || (lr_tensor->dim() == 0 && lr_tensor->scalar_type() == at::kFloat),
+      "lr_tensor: a 0-d float32 tensor is expected, found ", lr_tensor->scalar_type(), lr_tensor->sizes());
+  return {lr, std::move(lr_tensor), momentum, weight_decay, eta, adapt, lr_in_momentum};
+}
+
+void check_lars_tensor(const at::Tensor& t, const char* name, size_t i, const at::Tensor& param, bool bfloat16_too) {
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, "[", i, "]: a dense tensor is expected, found ", t.layout());
+  const auto dtype = t.scalar_type();
+  TORCH_CHECK_VALUE(
+      dtype == at::kFloat || (bfloat16_too && dtype == at::kBFloat16), name, "[", i, "]: float32",
+      bfloat16_too ? " or bfloat16" : "", " is expected, found ", dtype);
+  TORCH_CHECK_VALUE(
+      t.sizes() == param.sizes() && t.device() == param.device(), name, "[", i, "]: ", t.sizes(), " on ", t.device(),
+      " differs from its parameter's ", param.sizes(), " on ", param.device());
+}
+
+void check_lars(const dogo::LarsTensors& tensors, const std::vector<dogo::LarsGroup>& groups) {
+  const auto& [params, grads, momenta, group_of] = tensors;
+  TORCH_CHECK_VALUE(
+      grads.size() == params.size() && momenta.size() == params.size() && group_of.size() == params.size(),
+      "params, grads, momenta, groups: as many of each are expected, found ", params.size(), ", ", grads.size(), ", ",
+      momenta.size(), ", ", group_of.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const auto device = params[0].device();
+    TORCH_CHECK_VALUE(params[i].device() == device, "params[", i, "]: ", params[i].device(), " differs from ", device);
+    check_lars_tensor(params[i], "params", i, params[i], false);
+    check_lars_tensor(grads[i], "grads", i, params[i], true);
+    const auto g = group_of[i];
+    TORCH_CHECK_VALUE(g >= 0 && g < static_cast<int64_t>(groups.size()), "groups[", i, "]: ", g, " of ", groups.size());
+    TORCH_CHECK_VALUE(
+        momenta[i].defined() == (groups[g].momentum != 0), "momenta[", i, "]: one is expected where momentum is not 0");
+    if (momenta[i].defined()) check_lars_tensor(momenta[i], "momenta", i, params[i], false);
+    const auto& lr = groups[g].lr_tensor;
+    TORCH_CHECK_VALUE(!lr || lr->device() == device, "lr_tensor: ", device, " is expected, found ", lr->device());
+  }
+}
+
+void lars_step(
+    dogo::Lars& lars, std::vector<at::Tensor> params, std::vector<at::Tensor> grads,
+    std::vector<std::optional<at::Tensor>> momenta, std::vector<int64_t> group_of,
+    const std::vector<dogo::LarsGroup>& groups) {
+  dogo::LarsTensors tensors{std::move(params), std::move(grads), {}, std::move(group_of)};
+  tensors.momenta.reserve(momenta.size());
+  for (auto& momentum : momenta) tensors.momenta.push_back(momentum ? std::move(*momentum) : at::Tensor());
+  check_lars(tensors, groups);
+  lars.step(tensors, groups);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -74,4 +129,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("maxima", &dogo::Loss::maxima, release())
       .def("sums", &dogo::Loss::sums, release())
       .def("finish", &dogo::Loss::finish, release(), py::arg("inverse_norms"));
+  py::class_<dogo::LarsGroup>(m, "LarsGroup")
+      .def(
+          py::init(&make_lars_group), py::kw_only(), py::arg("lr"), py::arg("lr_tensor"), py::arg("momentum"),
+          py::arg("weight_decay"), py::arg("eta"), py::arg("adapt"), py::arg("lr_in_momentum"));
+  py::class_<dogo::Lars>(m, "Lars")
+      .def(py::init([](const std::string& device) { return dogo::make_lars(at::Device(device)); }), py::arg("device"))
+      .def(
+          "step", &lars_step, release(), py::arg("params"), py::arg("grads"), py::arg("momenta"), py::arg("group_of"),
+          py::arg("groups"));
 }

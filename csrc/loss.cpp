@@ -17,8 +17,8 @@
 // The positive's weight is -(left_i + left_pos) for c, and its P_a - P_b is left_b - left_a: small and exact in rows
 // that have learned their positive, where 1 - P in float32 is noise.
 //
-// Work, forward and backward: 4 M^2 D FLOP a peer (plain PyTorch: 6), M^2 + N^2 exponentials a peer.  Memory: five times
-// times z, and three tiles a thread.
+// Work, forward and backward: 4 M^2 D FLOP a peer (plain PyTorch: 6), M^2 + N^2 exponentials a peer.  Memory: six times
+// z, its gradients included, and three tiles a thread.
 #include "loss.h"
 
 #include <ATen/Dispatch.h>

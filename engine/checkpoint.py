@@ -192,8 +192,8 @@ def _same_configuration(folder: Path, saved: dict[str, Any], cfg: Config) -> Non
 def changed_keys(saved: dict[str, Any], cfg: Config) -> list[str]:
     """Dotted keys in which a saved configuration would compute something else than `cfg`."""
     free: tuple[str, ...] = FREE_KEYS
-    if any(peer.optimizer.schedule != "constant" for peer in cfg.peers):
-        free = tuple(key for key in free if key not in ("run.steps", "run.epochs"))  # the schedule spans the length
+    if any(peer.optimizer.schedule == "cosine" for peer in cfg.peers):
+        free = tuple(key for key in free if key not in ("run.steps", "run.epochs"))  # the cosine spans the length
     return [
         key for key in differing_keys(saved, cfg.resolved())
         if not any(key == f or key.startswith(f + ".") for f in free)

@@ -15,23 +15,16 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from engine.optimizer_config import LAYERWISE, Fraction, NonNegative, OptimizerConfig, Positive, Section
+
 Range = tuple[NonNegative, NonNegative]
 
 
 class ConfigError(ValueError):
     """A bad configuration: one line an error, each with the dotted key, what was given and what is allowed."""
-
-
-class Section(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunConfig(Section):
@@ -137,22 +130,6 @@ class ProjectorConfig(Section):
     """Linear layers; all but the last are followed by BatchNorm and ReLU."""
 
 
-class OptimizerConfig(Section):
-    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
-    lr: Positive = 3.0e-4
-    """Learning rate of the global batch as given; nothing scales it."""
-    weight_decay: NonNegative = 1.0e-6
-    momentum: Fraction = 0.9
-    """Of sgd and lars."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Of adam and adamw."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_epochs: NonNegative = 0.0
-    """Epochs of linear warm-up before the schedule: step i of w runs at lr (i + 1) / w."""
-    exclude_bias_and_norm: bool | None = None
-    """No weight decay (and no LARS adaptation) on biases and norm layers; left out: true for lars, else false."""
-
-
 class PeerConfig(Section):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,15}$")]
     """Key of the peer in metrics, checkpoints and commands."""
@@ -190,7 +167,7 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     sync_bn: bool = True
     """BatchNorm statistics over the global batch of all ranks."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged into each peer's DeepSpeed configuration; what contradicts this file is an error."""
 
 
@@ -237,10 +214,11 @@ class Config(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"peers: names must differ, found {', '.join(names)}")
         for i, peer in enumerate(self.peers):
-            if peer.optimizer.name == "lars" and self.engine.zero_stage >= 1:
+            name = peer.optimizer.name
+            if name in LAYERWISE and self.engine.zero_stage >= 1:
                 raise ValueError(
-                    f"peers.{i}.optimizer.name: lars under engine.zero_stage={self.engine.zero_stage} would be "
-                    "silently wrong: ZeRO flattens the parameters into one shard, so LARS loses its ratio per layer; "
+                    f"peers.{i}.optimizer.name: {name} under engine.zero_stage={self.engine.zero_stage} would be "
+                    "silently wrong: ZeRO flattens the parameters into one shard, so that its ratio per layer is lost; "
                     "use engine.zero_stage=0, or adam, adamw or sgd"
                 )
         return self

@@ -6,8 +6,8 @@ What DeepSpeed does not do for a pair of convnets is done here and nowhere else.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.batchnorm import convert_sync_bn
 from engine.config import Config, ConfigError
 from engine.distributed import Ranks, rows_per_rank
-from engine.optimizers import build_optimizer
+from engine.optimizers import build_optimizer, check_optimizer
 from engine.peers import build_peer
 
 
@@ -49,7 +49,7 @@ def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
         # DeepSpeed clips at 1.0 unless told otherwise (0.19.8, runtime/constants.py); the method does not clip.
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True,  # SGD; what would be wrong (LARS) config.py refuses
+        "zero_allow_untested_optimizer": True,  # SGD; what would be wrong (LARS, LAMB) config.py refuses
         # An empty list keeps gradients in fp32 on the wire; the default sends those of convolutions as bf16.
         "torch_autocast": {"lower_precision_safe_modules": []},
     }
@@ -208,6 +208,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def _keyed(i: int) -> Iterator[None]:
+    """What a peer's parts refuse gets the peer's place in the configuration."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"peers.{i}.{error}") from None
+
+
 def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine]:
     """The engines of all peers; every rank must have the same seed, so that all start from the same weights."""
     import deepspeed
@@ -215,15 +224,17 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     settings = deepspeed_config(cfg, ranks)
+    for i, peer_cfg in enumerate(cfg.peers):
+        with _keyed(i):
+            check_optimizer(peer_cfg.optimizer, ranks.device)
     engines = []
     for i, peer_cfg in enumerate(cfg.peers):
-        try:
+        with _keyed(i):
             peer: nn.Module = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
-        except ConfigError as error:
-            raise ConfigError(f"peers.{i}.{error}") from None
         if cfg.engine.sync_bn:
             peer = convert_sync_bn(peer, ranks)  # before initialize: afterwards DeepSpeed holds the old modules
-        optimizer = build_optimizer(peer, peer_cfg.optimizer)
+        with _keyed(i):
+            optimizer = build_optimizer(peer, peer_cfg.optimizer, batch_size=cfg.data.batch_size)
         try:
             engine, *_ = deepspeed.initialize(
                 model=peer, optimizer=optimizer, config=settings, dist_init_required=False

@@ -21,6 +21,7 @@ from engine import distributed
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, load_config
 from engine.data.dataset import DataError
+from engine.optimizers import describe_scaling
 from engine.run_dir import describe_summary
 from engine.trainer import NonFiniteLoss, Trainer
 
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = distributed.start()
         trainer = Trainer(cfg, ranks)
         resumed = trainer.resume_point
+        if first:
+            print("".join(f"{line}\n" for line in describe_scaling(cfg)), end="", flush=True)
         summary = trainer.fit()
     except (ConfigError, DataError, CheckpointError, NonFiniteLoss) as error:
         if first:

@@ -131,7 +131,10 @@ class Trainer:
 
     def _optimize(self, step: int) -> None:
         for engine, peer in zip(self.engines, self.cfg.peers, strict=True):
-            lr = learning_rate(peer.optimizer, step, steps=self.steps, steps_per_epoch=self.loader.steps_per_epoch)
+            lr = learning_rate(
+                peer.optimizer, step,
+                steps=self.steps, steps_per_epoch=self.loader.steps_per_epoch, batch_size=self.cfg.data.batch_size,
+            )  # fmt: skip
             set_learning_rate(engine.optimizer, lr)
             engine.step()
 

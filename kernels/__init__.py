@@ -4,8 +4,10 @@ ntxent_loss     the contrastive loss of one peer
 mutual_loss     both peers: NT-Xent and the KL between their similarity distributions, in one call
 similarity_kl   the two KL terms alone
 gather_views    starts the exchange of one peer's embeddings ahead of `mutual_loss`
+Lars            the optimizer of large batches, over all tensors at once
 """
 
+from kernels.lars import Lars
 from kernels.mutual import (
     GatheredViews,
     MutualLoss,
@@ -18,6 +20,7 @@ from kernels.mutual import (
 
 __all__ = [
     "GatheredViews",
+    "Lars",
     "MutualLoss",
     "SimilarityKL",
     "gather_views",

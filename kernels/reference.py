@@ -90,3 +90,27 @@ def similarity_kl(
     """(kl_a, kl_b) of raw embeddings [N, D_a], [N, D_b] on one process, in their own dtype."""
     cross = [normalize(x) @ normalize(y).T for x, y in ((x_a, y_a), (x_b, y_b))]
     return kl_from_cosines(cross[0], cross[1], tau, kl_reduction)
+
+
+def lars_step(
+    w: Tensor,  # parameter
+    g: Tensor,  # its gradient, same shape
+    v: Tensor,  # its momentum buffer, same shape
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    eta: float,
+    adapt: bool = True,
+    lr_in_momentum: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(w, v) behind one LARS step of one tensor, in w's dtype; the formulas stand in lars.py."""
+    u = g.to(w.dtype) + weight_decay * w
+    w_norm, u_norm = w.norm(), u.norm()
+    plain = not adapt or w_norm == 0 or u_norm == 0
+    ratio = 1.0 if plain else eta * w_norm / u_norm
+    if lr_in_momentum:
+        v = momentum * v + lr * ratio * u
+        return w - v, v
+    v = momentum * v + ratio * u
+    return w - lr * v, v

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[1]
 # A file imports only what stands above it.
 ORDER = [
     "kernels.collectives", "kernels.reference", "kernels.checks", "kernels.tiles", "kernels.problem",
+    "kernels.forward_gradients", "kernels.native", "kernels.mutual_native",
     "kernels.embed_triton", "kernels.pairs_triton", "kernels.finish_triton", "kernels.project_triton",
     "kernels.stats_triton", "kernels.stats_safe_triton", "kernels.gradient_triton", "kernels.passes_triton",
-    "kernels.mutual_triton", "kernels.mutual", "kernels",
-    "engine.config", "engine.distributed", "engine.batchnorm",
+    "kernels.mutual_triton", "kernels.mutual", "kernels.lars", "kernels",
+    "engine.optimizer_config", "engine.config", "engine.distributed", "engine.batchnorm",
     "engine.data.dataset", "engine.data.download", "engine.data.cifar", "engine.data.stl10",
     "engine.data.tiny_imagenet", "engine.data.folder", "engine.data.catalog", "engine.data.augment",
     "engine.data.torch_loader",

@@ -315,3 +315,7 @@ def test_what_a_resumed_run_may_change(settings):
     longer = {**settings, "run": {**settings["run"], "steps": 9}}
     keys = changed_keys(parse_config(settings).resolved(), parse_config(longer))
     assert keys == ["run.steps"], "a cosine spans the length of the run"
+    for peer in settings["peers"]:
+        peer["optimizer"] = {"schedule": "step", "milestones": [1.0]}
+    longer = {**settings, "run": {**settings["run"], "steps": 9}}
+    assert changed_keys(parse_config(settings).resolved(), parse_config(longer)) == [], "epochs do not"

@@ -103,11 +103,64 @@ def test_mistakes_name_the_key_what_was_given_and_what_is_allowed(file, override
         load_config(file, [override])
 
 
-def test_lars_under_zero_is_refused_with_the_reason(file):
-    lars = ["peers.1.optimizer.name=lars"]
-    assert load_config(file, lars).peers[1].optimizer.name == "lars"
-    with pytest.raises(ConfigError, match=r"peers.1.optimizer.name: lars under engine.zero_stage=2 .* flattens"):
-        load_config(file, [*lars, "engine.zero_stage=2"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "apex.fused_lamb"])
+def test_a_ratio_per_layer_under_zero_is_refused_with_the_reason(file, name):
+    chosen = [f"peers.1.optimizer.name={name}"]
+    assert load_config(file, chosen).peers[1].optimizer.name == name
+    with pytest.raises(ConfigError, match=rf"peers.1.optimizer.name: {name} under engine.zero_stage=2 .* flattens"):
+        load_config(file, [*chosen, "engine.zero_stage=2"])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "apex.fused_sgd", "apex.fused_adam"])
+def test_what_works_on_each_number_alone_runs_under_zero(file, name):
+    assert load_config(file, [f"peers.1.optimizer.name={name}", "engine.zero_stage=2"]).engine.zero_stage == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{name: sgd, eta: 0.01}", "optimizer.eta: found 0.01, but sgd has no such option, allowed with: lars"),
+        ("{name: lamb, lr_in_momentum: false}", "optimizer.lr_in_momentum: found False, but lamb has no such option"),
+        ("{name: sgd, betas: [0.8, 0.9]}", r"optimizer.betas: found \(0.8, 0.9\), but sgd .* with: adam, adamw, lamb"),
+        ("{momentum: 0.8}", "optimizer.momentum: found 0.8, but adam .* allowed with: sgd, lars, apex.fused_sgd"),
+        ("{betas: [0.9, 1.0]}", "optimizer.betas.1: found 1.0, allowed: less than 1"),
+        ("{eta: 0}", "optimizer.eta: found 0, allowed: greater than 0"),
+        ("{milestones: [3]}", r"optimizer.milestones: found \[3.0\], but schedule=constant has none, .*schedule=step"),
+        ("{schedule: cosine, gamma: 0.5}", "optimizer.gamma: found 0.5, but schedule=cosine has none"),
+        ("{schedule: step}", "optimizer.milestones: found none, but schedule=step needs at least one"),
+        ("{schedule: step, milestones: [3, 2]}", r"optimizer.milestones: found \[3.0, 2.0\], allowed: each later"),
+        ("{schedule: step, milestones: [2, 2]}", r"optimizer.milestones: found \[2.0, 2.0\], allowed: each later"),
+        ("{schedule: step, milestones: [0, 2]}", "optimizer.milestones.0: found 0, allowed: greater than 0"),
+        ("{schedule: step, milestones: [2], warmup_epochs: 3}", "optimizer.milestones: .* warmup_epochs=3"),
+        ("{schedule: step, milestones: [2], gamma: 10}", "optimizer.gamma: found 10, allowed: less than 1"),
+        ("{schedule: steps}", "optimizer.schedule: found 'steps', allowed: 'constant', 'cosine' or 'step'"),
+        ("{lr_scaling: log}", "optimizer.lr_scaling: found 'log', allowed: 'none', 'linear' or 'sqrt'"),
+        ("{name: fused_sgd}", "optimizer.name: found 'fused_sgd', allowed: .*'apex.fused_sgd'"),
+        (
+            "{name: apex.fused_lamb, weight_decay: 0}",
+            "optimizer.exclude_bias_and_norm: found its default, true, with apex.fused_lamb and weight_decay=0",
+        ),
+    ],
+)
+def test_optimizer_options_that_do_nothing_or_contradict_are_refused(file, section, message):
+    with pytest.raises(ConfigError, match=f"^peers.0.{message}") as error:
+        load_config(file, [f"peers.0.optimizer={section}"])
+    assert "\n" not in str(error.value), "one mistake, one line"
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "{name: lars, lr: 0.075, lr_scaling: sqrt, eta: 0.02, lr_in_momentum: false, momentum: 0.95}",
+        "{name: apex.fused_lamb, weight_decay: 0, exclude_bias_and_norm: false, betas: [0.8, 0.9]}",
+        "{name: sgd, schedule: step, milestones: [1.5, 3], gamma: 0.2, warmup_epochs: 1.5, lr_scaling: linear}",
+        "{name: adamw, momentum: 0.9, eta: 0.001, milestones: []}",  # defaults, as a saved configuration holds them
+    ],
+)
+def test_an_optimizer_section_reads_back_equal(file, tmp_path, section):
+    cfg = load_config(file, [f"peers.0.optimizer={section}"])
+    save_config(cfg, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == cfg
 
 
 def test_files_that_are_no_configuration(tmp_path):

@@ -1,17 +1,22 @@
 """The loop over whole small runs: what it writes, that it learns, that ranks and views are as configured."""
 
+import contextlib
+import io
 import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 import engine.trainer as trainer_module
-from engine import checkpoint, distributed
+from engine import checkpoint, distributed, train
 from engine.config import parse_config
 from engine.trainer import NonFiniteLoss, Trainer, _Finite
 
@@ -154,6 +159,52 @@ def test_the_learning_rate_follows_its_schedule(settings):
     # 3 steps an epoch: warm-up, then half a cosine over the other three
     expected = [1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 7.5e-3, 2.5e-3]
     np.testing.assert_allclose(rates, [(rate, 1e-3) for rate in expected], rtol=1e-6)
+
+
+def command(file: Path) -> str:
+    """What engine/train.py prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert train.main(["--config", str(file)]) == 0
+    return out.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("lamb", "sgd"), ("lars", "adamw")])
+def test_a_resumed_run_has_the_rates_and_weights_of_an_uninterrupted_one(settings, tmp_path, names):
+    """By named optimizers, scaled rates and schedules with a warm-up; the configuration keeps the rule."""
+    settings["run"].update(steps=6, save_every_steps=2, keep_checkpoints=3)
+    settings["peers"][0]["optimizer"] = {
+        "name": names[0], "lr": 0.16, "lr_scaling": "linear", "warmup_epochs": 2 / 3,
+        "schedule": "step", "milestones": [1], "gamma": 0.5,
+    }  # fmt: skip
+    settings["peers"][1]["optimizer"] = {"name": names[1], "lr": 0.0025, "lr_scaling": "sqrt", "schedule": "cosine"}
+    file, folder = tmp_path / "run.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(settings))
+    second, last = (folder / "checkpoints" / f"step_{step:08d}" for step in (2, 6))
+    outcomes, second_written = [], set()
+    for _ in range(2):
+        (printed,) = run_ranks(command, 1, file)
+        assert printed.splitlines()[:2] == [
+            "peer a: learning rate 0.01 = 0.16 x 16 / 256 (peers.0.optimizer.lr_scaling=linear, data.batch_size=16)",
+            "peer b: learning rate 0.01 = 0.0025 x sqrt(16) (peers.1.optimizer.lr_scaling=sqrt, data.batch_size=16)",
+        ]
+        second_written.add((second / "meta.json").stat().st_mtime_ns)
+        found = [(row["lr/a"], row["lr/b"]) for row in rows(settings) if "lr/a" in row]
+        outcomes.append((found, [load_file(last / f"peer_{peer}.safetensors") for peer in "ab"]))
+        # What a run leaves that was cut after its second step.
+        for step in (4, 6):
+            shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+    assert len(second_written) == 1, "the second run went on from there"
+    # 16 images a batch and 3 steps an epoch: 0.16 x 16 / 256, 0.0025 x sqrt(16)
+    expected_a = [0.005, 0.01, 0.01, 0.005, 0.005, 0.005]
+    expected_b = [0.01 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    np.testing.assert_allclose(outcomes[0][0], list(zip(expected_a, expected_b, strict=True)), rtol=1e-9)
+    assert outcomes[1][0] == outcomes[0][0]
+    for straight, resumed in zip(outcomes[0][1], outcomes[1][1], strict=True):
+        assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())["peers"][0]["optimizer"]
+    assert (saved["lr"], saved["lr_scaling"]) == (0.16, "linear")
 
 
 @pytest.mark.slow
