@@ -1,13 +1,16 @@
 """Package metadata, and the native core `kernels._native`.
 
 C++ is built wherever torch can be imported and a compiler is found, CUDA sources where torch has CUDA and an nvcc of
-the same major version is found.  What is left out, and why, is printed and kept in `kernels._native.left_out`; a core
-that cannot be built does not fail the installation, a compiler's error does.
+the same major version is found.  What is left out, and why, is printed, and written beside the package, as pip shows
+nothing that is printed here; a core that cannot be built does not fail the installation, a compiler's error does.
 Use `pip install --no-build-isolation`: in an isolated environment there is no torch to build against.
+
+DOGO_STRICT=1 makes warnings errors.
 """
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +26,8 @@ except ImportError as missing:
     torch, NO_TORCH = None, f"torch cannot be imported here ({missing}); with it, use pip install --no-build-isolation"
 
 # -Wno-maybe-uninitialized: GCC 12 finds its own AVX-512 header guilty of it.
-CXX_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-g0"]
+STRICT = os.environ.get("DOGO_STRICT") == "1"
+CXX_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-g0", *["-Werror"] * STRICT]
 X86_FLAGS = {
     "csrc/tiles_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/tiles_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
@@ -56,8 +60,9 @@ def native() -> tuple[list, dict, str]:
     """(ext_modules, cmdclass, what is left out) for the native core."""
     if torch is None:
         return [], {}, f"the native core: {NO_TORCH}"
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        return [], {}, "the native core: no C++ compiler found (install g++, or set CXX)"
+    os.environ.setdefault("CXX", "c++")  # setuptools would take the name that Python was built with
+    if not shutil.which(shlex.split(os.environ["CXX"])[0]):
+        return [], {}, f"the native core: no C++ compiler found, CXX={os.environ['CXX']} (install g++, or set CXX)"
     no_cuda = cuda_left_out()
     sources = sorted(set(glob("csrc/*.cpp")) - set(X86_FLAGS))
     extension = cpp_extension.CppExtension(
@@ -65,9 +70,12 @@ def native() -> tuple[list, dict, str]:
         sources + ([] if no_cuda else sorted(glob("csrc/*.cu"))),
         define_macros=[("DOGO_CUDA", int(not no_cuda))],
         extra_compile_args={
-            # -isystem: warnings are errors in these sources, not in torch's.
+            # -isystem: warnings are about these sources, not about torch's.
             "cxx": [*CXX_FLAGS, f'-DDOGO_LEFT_OUT="{no_cuda}"', *(f"-isystem{path}" for path in include_dirs())],
-            "nvcc": ["-O3", "-lineinfo", "-Werror", "all-warnings", *(f"-isystem={path}" for path in include_dirs())],
+            "nvcc": [
+                "-O3", "-lineinfo", *["-Werror", "all-warnings"] * STRICT,
+                *(f"-isystem={path}" for path in include_dirs()),
+            ],
         },
         # Neither libgomp nor libcudart is linked: both come with torch, and a second one would be a second thread pool.
         libraries=[] if no_cuda else ["c10_cuda", "torch_cuda"],
@@ -92,6 +100,7 @@ def native() -> tuple[list, dict, str]:
 ext_modules, cmdclass, left_out = native()
 if left_out:
     print(f"dogo-engine is built without {left_out}", file=sys.stderr)
+Path("kernels/native_build.txt").write_text(left_out)
 
 setup(
     name="dogo-engine",
@@ -100,6 +109,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["kernels", "kernels.*", "engine", "engine.*"]),
+    package_data={"kernels": ["native_build.txt"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     install_requires=[

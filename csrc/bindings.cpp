@@ -1,4 +1,5 @@
-// The Python face of the core: arguments are checked here, and the GIL is released for as long as a call works.
+// The Python face of the core: arguments are checked here (what depends on the state of a loss, in loss.cpp), and the
+// GIL is released for as long as a call works.
 #include <torch/csrc/utils/pybind.h>
 
 #include "embeddings.h"
@@ -32,7 +33,9 @@ std::tuple<at::Tensor, at::Tensor> normalize(const at::Tensor& x, const at::Tens
 }
 
 void check_tau(const std::optional<double>& tau, const char* name) {
-  TORCH_CHECK_VALUE(!tau || (*tau > 0 && std::isfinite(*tau)), name, ": must be positive and finite, found ", *tau);
+  // Wider, and float32 could not hold 1 / tau beside the cosine that stands for pairs which do not count.
+  TORCH_CHECK_VALUE(
+      !tau || (*tau >= 1e-20 && *tau <= 1e20), name, ": between 1e-20 and 1e20 is expected, found ", *tau);
 }
 
 std::unique_ptr<dogo::Loss> make_loss(
@@ -57,6 +60,7 @@ std::unique_ptr<dogo::Loss> make_loss(
   check_tau(tau_distill, "tau_distill");
   TORCH_CHECK_VALUE(!tau_distill || z.size() == 2, "tau_distill: two peers are needed, found ", z.size());
   TORCH_CHECK_VALUE(weights.size() == z.size(), "weights: one a peer is expected, found ", weights.size());
+  for (const double weight : weights) TORCH_CHECK_VALUE(std::isfinite(weight), "weights: not finite, found ", weight);
   return dogo::make_loss(z, {N / world, world, rank, tau_contrast, tau_distill, std::move(weights), mean});
 }
 

@@ -33,20 +33,22 @@ template <typename T>
 double normalize_row(const T* x, T* z, int64_t D) {
   const auto peaks = fold<T>(x, D, [](T a, T entry) { return std::max(a, std::abs(entry)); });
   const T largest = *std::max_element(peaks.begin(), peaks.end());
-  // By a power of two, which rounds nothing.
+  // By a power of two, which rounds nothing; in two steps, as that of a denormal double is no double itself.
   int exponent = 0;
   std::frexp(largest, &exponent);
-  const double scale = largest > 0 ? std::ldexp(1.0, -exponent) : 1;
-  const auto squares = fold<double>(x, D, [&](double a, T entry) { return a + (entry * scale) * (entry * scale); });
+  const bool tiny = largest > 0 && exponent < -1000;
+  const double scale = largest > 0 ? std::ldexp(1.0, -exponent - (tiny ? 100 : 0)) : 1, rest = tiny ? 0x1p100 : 1;
+  const auto scaled = [&](T entry) { return entry * scale * rest; };
+  const auto squares = fold<double>(x, D, [&](double a, T entry) { return a + scaled(entry) * scaled(entry); });
   const double square = std::accumulate(squares.begin(), squares.end(), 0.0);
   const double inverse = 1 / std::max(std::sqrt(square), 1e-12);  // as in reference.py: a row of zeros stays zero
   if (!std::isfinite(square)) {
     std::fill(z, z + D, std::numeric_limits<T>::quiet_NaN());
     return std::numeric_limits<double>::quiet_NaN();
   }
-  for (int64_t d = 0; d < D; ++d) z[d] = static_cast<T>((x[d] * scale) * inverse);
+  for (int64_t d = 0; d < D; ++d) z[d] = static_cast<T>(scaled(x[d]) * inverse);
   // At most what T holds: infinity times an entry of zero would make the gradient NaN.
-  return std::min(inverse * scale, static_cast<double>(std::numeric_limits<T>::max()));
+  return std::min(inverse * scale * rest, static_cast<double>(std::numeric_limits<T>::max()));
 }
 
 }  // namespace

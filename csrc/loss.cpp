@@ -18,11 +18,10 @@
 // that have learned their positive, where 1 - P in float32 is noise.
 //
 // Work, forward and backward: 4 M^2 D FLOP a peer (plain PyTorch: 6), M^2 + N^2 exponentials a peer.  Memory: six times
-// z, its gradients included, and three tiles a thread.
+// z, its gradients included, three tiles a thread, and 16 bytes for each task, of which there are (M / 128)^2 / 2.
 #include "loss.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
@@ -133,7 +132,6 @@ at::Tensor Sweeps<T>::first_sweep(double start, const Tile& tile, const Merge& m
   run(tasks, problem_.count(), [&](Turns& turns) {
     return
         [&, S = Buffer<T>(problem_.side * problem_.side), parts = std::vector<Part>(peers)](const Task& task) mutable {
-          const at::AutoDispatchBelowADInplaceOrView guard;
           for (int64_t p = 0; p < peers; ++p) {
             for (auto* part : {&parts[p].rows, &parts[p].cols, &parts[p].distill}) part->assign(problem_.side, start);
             similarities(p, task, S.data());
@@ -237,7 +235,6 @@ std::array<double, 2> Sweeps<T>::second_sweep(std::vector<Gradients<T>>& gradien
     for (size_t p = 0; p < z_.size(); ++p) scratch.S[p] = Buffer<T>(side * side);
     if (problem_.distill) scratch.Q = Buffer<T>(side * side);
     return [&, tile = std::move(scratch)](const Task& task) mutable {
-      const at::AutoDispatchBelowADInplaceOrView guard;
       weigh(task, ratios, differentiate, tile);
       turns.take(task.I, task.turn_I, [&] {
         if (!own(task.I)) return;
@@ -273,8 +270,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> Sweeps<T>::finish(const std::vec
       "inverse_norms: one a peer or none is expected, found ", inverse_norms.size());
   for (const auto& norm : inverse_norms) {
     TORCH_CHECK_VALUE(
-        norm.scalar_type() == at::kDouble && norm.is_contiguous() && norm.sizes() == at::IntArrayRef({2, problem_.n}),
-        "inverse_norms: float64 [2, ", problem_.n, "] is expected, found ", norm.scalar_type(), norm.sizes());
+        norm.device().is_cpu() && norm.scalar_type() == at::kDouble && norm.is_contiguous()
+            && norm.sizes() == at::IntArrayRef({2, problem_.n}),
+        "inverse_norms: float64 [2, ", problem_.n, "] on the CPU is expected, found ", norm.scalar_type(),
+        norm.sizes());
   }
   const auto peers = static_cast<int64_t>(z_.size());
   auto values = at::zeros({peers, 2}, at::kDouble);

@@ -11,7 +11,8 @@
 
 namespace dogo {
 
-// One loss from unit vectors to gradients.  Between its steps ranks reduce, in place, the tensors that it returned.
+// One loss from unit vectors to gradients, for one thread at a time.  Between its steps ranks reduce, in place, the
+// tensors that it returned.
 class Loss {
  public:
   virtual ~Loss() = default;

@@ -3,7 +3,7 @@
 // Legend
 //   S     tile of cosines s_ij = z_i.z_j, `rows` x `cols`, rows `cols` apart      i  its rows, j  its columns
 //   Every array that a tile's columns index is `cols` long, and `cols` a multiple of kColumnAlign: no tails.
-//   Pairs that do not count hold a cosine so low that its exponential is 0 (see mask_cosine in loss.cpp).
+//   Pairs that do not count hold a cosine so low that its exponential is 0 (Problem::masked).
 #pragma once
 
 #include <cstdint>

@@ -92,7 +92,7 @@ void distill(const T* S_a, const T* S_b, int64_t rows, int64_t cols, const Disti
       const auto p_a = logit_a.exp() * inverse_a, p_b = logit_b.exp() * inverse_b;
       const auto log_ratio = at::vec::fmadd(s_b - s_a, scale, ratio);
       // sum_j (P_b - P_a) is 0, but not in finite precision: taken in here, it cancels the error of the sums to first
-      // order, and every term is positive.
+      // order (and no term is negative but by rounding).
       const auto difference = p_a - p_b;
       value_a = value_a + at::vec::fmadd(p_b, log_ratio, difference);
       value_b = value_b - at::vec::fmadd(p_a, log_ratio, difference);

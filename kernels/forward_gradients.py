@@ -1,6 +1,7 @@
 """Losses whose gradients forward has made: backward only scales them.
 
-Each loss is a node of its own in autograd's graph, so that either peer's can be sent backward without the other's.
+Each loss is a node of its own in autograd's graph, so that either peer's can be sent backward without the other's
+(not where torch.compile took both into one graph: such graphs go backward as a whole).
 """
 
 from __future__ import annotations
@@ -9,12 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 
 def wanted(*views: Tensor) -> bool:
     """Whether forward is to make gradients."""
     return torch.is_grad_enabled() and any(view.requires_grad for view in views)
+
+
+def unfit(*views: Tensor) -> str:
+    """Why a loss of these views cannot have its gradients made in forward; empty where it can."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func's transforms do not reach into it"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(view).tangent is not None for view in views):
+        return "it has no forward-mode derivative"
+    return ""
 
 
 def fake(x: Tensor, gradients: bool, dtype: torch.dtype) -> Tensor:

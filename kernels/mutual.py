@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import checks, mutual_native, native, reference
+from kernels import checks, forward_gradients, mutual_native, native, reference
 from kernels.collectives import gather_rows, mean_over_ranks, rank_in, world_size
 from kernels.tiles import BY_CAPABILITY, WIDEST
 
@@ -219,6 +219,7 @@ def _chosen(backend: str, *views: Tensor) -> str:
     best = "native" if views[0].device.type == "cpu" else "triton"
     asked = best if backend == "auto" else backend
     unfit = _unfit_for_native(*views) if asked == "native" else _unfit_for_triton(*views)
+    unfit = unfit or forward_gradients.unfit(*views)
     if unfit and backend != "auto":
         raise ValueError(f"backend: {backend!r} does not fit: {unfit}; use 'torch' or 'auto'")
     return "torch" if unfit else asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 core: ModuleType | None = None
@@ -19,7 +20,9 @@ except ImportError as error:
     if broken:
         missing = f"kernels._native cannot be loaded ({error}); `make clean setup` builds it for the torch there is now"
     else:
-        missing = "kernels._native is not built; `make setup` does it and needs a C++ compiler"
+        _reason = Path(__file__).with_name("native_build.txt")  # what setup.py left out
+        _said = _reason.read_text().strip() if _reason.exists() else ""
+        missing = f"kernels._native is not built ({_said or 'setup.py has not run'}); `make setup` builds it"
 
 
 def describe() -> str:

@@ -12,6 +12,7 @@ import torch
 from embeddings import embeddings, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from kernels import mutual_loss, mutual_native, native, ntxent_loss, reference, similarity_kl
 
@@ -24,11 +25,10 @@ def single(exact: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> lis
 
 
 def formula(views, tau_contrast, tau_distill, weights, reduction):
-    """loss_a, loss_b by reference.py, in the dtype of the views."""
+    """The six values of mutual_loss by reference.py, in the dtype of the views."""
     kl = reference.similarity_kl(*views, tau=tau_distill, kl_reduction=reduction)
-    return [
-        reference.ntxent(*views[2 * p : 2 * p + 2], tau=tau_contrast) + weights[p] * kl[p] for p in range(2)
-    ]  # fmt: skip
+    ntxent = [reference.ntxent(*views[2 * p : 2 * p + 2], tau=tau_contrast) for p in range(2)]
+    return [*(n + w * k for n, w, k in zip(ntxent, weights, kl, strict=True)), *ntxent, *kl]
 
 
 def check_against_formula(exact, tau_contrast=0.5, tau_distill=0.1, weights=(0.4, 1.3), reduction="batchmean"):
@@ -42,14 +42,19 @@ def check_against_formula(exact, tau_contrast=0.5, tau_distill=0.1, weights=(0.4
     )  # fmt: skip
     # A single plain result may be exact by luck; a few roundings of float32 are granted.
     floor = 3e-7 + 3e-8 / min(tau_contrast, tau_distill)
-    for f, p, w in zip(found[:2], plain, wanted, strict=True):
+    for f, p, w in zip(found, plain, wanted, strict=True):
         assert abs(f.double() - w) <= 2 * abs(p.double() - w) + floor * max(1e-3, abs(w.item()))
     upstream = 1.7, -0.6
 
     def gradients(losses, z):
-        return torch.autograd.grad(sum(u * loss for u, loss in zip(upstream, losses, strict=True)), z)
+        total = sum(u * loss for u, loss in zip(upstream, losses, strict=True))
+        return torch.autograd.grad(total, z, retain_graph=True)
 
-    triples = zip(gradients(found[:2], inputs), gradients(plain, leaves), gradients(wanted, exact), strict=True)
+    alone = similarity_kl(*inputs, tau=tau_distill, kl_reduction=reduction, backend="native")  # not drowned by NT-Xent
+    triples = [
+        *zip(*(gradients(v[:2], z) for v, z in ((found, inputs), (plain, leaves), (wanted, exact))), strict=True),
+        *zip(*(gradients(v[-2:], z) for v, z in ((alone, inputs), (plain, leaves), (wanted, exact))), strict=True),
+    ]
     for f, p, w in triples:
         error, plain_error = (f.double() - w).norm(), (p.double() - w).norm()
         # 1e-9: where all embeddings are the same, the gradient is zero
@@ -185,6 +190,16 @@ def test_peers_of_two_dtypes_are_computed_in_the_wider():
     assert torch.autograd.grad(found.loss_a, mixed[0])[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e-310), (torch.float64, 5e-324), (torch.float32, 1e-43)])
+def test_rows_of_denormal_numbers(dtype, scale):
+    signs = [z.detach().sign() for z in (*embeddings(9, 6, 80), *embeddings(9, 4, 81))]
+    inputs = [(z.to(dtype) * scale).requires_grad_() for z in signs]
+    found, wanted = mutual_loss(*inputs, backend="native"), mutual_loss(*signs, backend="torch")
+    torch.testing.assert_close(found.loss_a.double(), wanted.loss_a, rtol=1e-5, atol=0)
+    # the gradient, some 1e300, is more than the dtype holds, where it is not zero
+    assert not torch.autograd.grad(found.loss_a, inputs[0])[0].isnan().any()
+
+
 # -- threads, processors, memory -----------------------------------------------------------------------------------
 
 
@@ -221,10 +236,9 @@ def test_one_pool_of_threads():
 def test_instruction_sets_agree():
     """The machine's own registers against those of any machine; each result is within rounding of the other."""
     program = (
-        "import sys, torch; sys.path.insert(0, 'tests'); from kernels.test_mutual_native import results;"
+        "import sys, torch; sys.path.insert(0, 'tests'); from test_mutual_native import results;"
         "torch.save(results(), sys.argv[1])"
     )
-    program = program.replace("kernels.test_mutual_native", "test_mutual_native")
     here = results()
     found = {}
     for capability in ("default", "avx2"):
@@ -307,6 +321,31 @@ def test_second_derivatives_are_refused():
             first.square().sum().backward()
 
 
+def test_forward_mode_and_transforms_are_for_the_torch_backend():
+    """Silently, the tangent would be zero."""
+    x, y = (z.detach().float() for z in embeddings(6, 4, 82))
+    tangent = torch.ones_like(x)
+    wanted = torch.func.jvp(lambda z: ntxent_loss(z, y, backend="torch"), (x,), (tangent,))[1]
+    for backend in ("auto", "native"):
+
+        def loss(z, backend=backend):
+            return ntxent_loss(z, y, backend=backend)
+
+        def dual(loss=loss):
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, tangent))).tangent
+
+        if backend == "auto":
+            torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], wanted)
+            torch.testing.assert_close(dual(), wanted)
+            assert torch.func.grad(loss)(x).shape == x.shape
+        else:
+            with pytest.raises(ValueError, match="torch.func's transforms do not reach into it; use 'torch'"):
+                torch.func.grad(loss)(x)
+            with pytest.raises(ValueError, match="it has no forward-mode derivative; use 'torch'"):
+                dual()
+
+
 def test_auto_is_native_on_a_cpu(monkeypatch):
     x, y = single(embeddings(6, 4, 76))
     monkeypatch.setattr(reference, "ntxent_from_cosines", None)  # what the torch backend calls
@@ -339,7 +378,9 @@ def test_without_a_core(monkeypatch):
         ({"z": [torch.ones(2, 1, 3)]}, "at least 2"),
         ({"world": 3}, "4 images, at least 2 and the same number on each of 3 ranks"),
         ({"rank": 1}, "rank: 1 of 1 ranks"),
-        ({"tau_contrast": 0.0}, "tau_contrast: must be positive and finite, found 0"),
+        ({"tau_contrast": 0.0}, "tau_contrast: between 1e-20 and 1e[+]?20 is expected, found 0"),
+        ({"tau_contrast": 1e30}, "tau_contrast: between 1e-20 and 1e[+]?20 is expected, found 1e[+]?30"),
+        ({"weights": [float("nan")]}, "weights: not finite, found nan"),
         ({"tau_contrast": None}, "tau_contrast, tau_distill: at least one"),
         ({"tau_distill": 0.5}, "tau_distill: two peers are needed, found 1"),
         ({"weights": []}, "weights: one a peer"),
@@ -366,7 +407,9 @@ def test_steps_out_of_order_are_errors():
     loss.sums()
     with pytest.raises(ValueError, match="inverse_norms: one a peer"):
         loss.finish([norm, norm])
-    with pytest.raises(ValueError, match=r"inverse_norms: float64 \[2, 4\] is expected"):
+    with pytest.raises(ValueError, match=r"inverse_norms: float64 \[2, 4\] on the CPU is expected"):
         loss.finish([norm.float()])
+    with pytest.raises(ValueError, match="on the CPU is expected"):
+        loss.finish([norm.to("meta")])
     with pytest.raises(ValueError, match=r"y: Float\[4, 2\] differs from Float\[4, 3\]"):
         native.core.normalize(torch.randn(4, 3), torch.randn(4, 2))
