@@ -156,7 +156,9 @@ void LarsTable::add(const LarsTensors& tensors, size_t i, const LarsGroup& group
   // in_order_of(empty_like) is a copy, since an order with gaps is not that of a contiguous tensor.
   const bool dense = param.is_non_overlapping_and_dense();
   const at::Tensor w = dense ? param : in_order_of(at::empty_like(param, at::MemoryFormat::Contiguous), param, true);
-  const at::Tensor g = in_order_of(w, tensors.grads[i], false);
+  const at::Tensor grad = tensors.grads[i].resolve_neg();  // a copy where memory holds the negative
+  copies_.push_back(grad);
+  const at::Tensor g = in_order_of(w, grad, false);
   const at::Tensor v = tensors.momenta[i].defined() ? in_order_of(w, tensors.momenta[i], true) : at::Tensor();
 
   LarsEntry entry{};

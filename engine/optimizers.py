@@ -25,7 +25,8 @@ def build_optimizer(module: nn.Module, cfg: OptimizerConfig, *, batch_size: int)
         adam   w -= lr m / (sqrt(v) + 1e-8), wd w added to g         Kingma & Ba 2014, arXiv 1412.6980
         adamw  w -= lr (m / (sqrt(v) + 1e-8) + wd w)                 Loshchilov & Hutter 2017, arXiv 1711.05101
         sgd    u = momentum u + g + wd w, w -= lr u
-        lars   sgd, u's g + wd w times eta |w| / |g + wd w|          You et al. 2017, arXiv 1708.03888, as SimCLR has it
+        lars   r = eta |w| / |g + wd w|,                             You et al. 2017, arXiv 1708.03888, as SimCLR has it
+               u = momentum u + lr r (g + wd w), w -= u              (lr_in_momentum: false: as sgd, r (g + wd w) in u)
         lamb   u = m / (sqrt(v) + 1e-6) + wd w, w -= lr u |w| / |u|  You et al. 2019, arXiv 1904.00962, phi(z) = z
 
     apex.fused_sgd, apex.fused_adam and apex.fused_lamb compute what sgd, adam and lamb do.  None clips gradients:

@@ -36,14 +36,15 @@ class Lars(torch.optim.Optimizer):
     Parameter groups take all options but `backend`, and `adapt`, for biases and norm layers, is theirs alone.
 
     Parameters are float32, gradients float32 or bfloat16; one whose gradient is None is left alone.  A NaN in a
-    gradient makes the whole parameter NaN.  `momentum_buffer` is the state, as of torch's SGD.
+    gradient makes the whole parameter NaN.  `momentum_buffer` is the state, as of torch's SGD.  Norms are summed in
+    float64 on a CPU; on a GPU, and by the torch backend, in float32, so for entries from about 1e-18 to 1e18.
 
     `lr` may be a 0-d float32 tensor; on the parameters' GPU it is read there, so that a captured CUDA graph follows it.
     Graphs hold the other numbers as they were, need the optimizer to stay alive, and are captured behind a first step.
 
     Raises ValueError, naming the argument: numbers out of range, parameters that are not dense float32, an unknown
-    backend, one that does not run on a parameter's device; in `step`, gradients of another kind, and in a capture a
-    float lr or a first step.
+    backend, one that does not run on a parameter's device, a parameter twice; in `step`, gradients of another kind, and
+    in a capture a float lr or a first step with momentum.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class Lars(torch.optim.Optimizer):
         params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
         group = {**param_group, "params": params}  # a set is for torch to refuse
         _check_options({**self.defaults, **group})
-        for i, p in enumerate(params):
-            p = p[1] if isinstance(p, tuple) else p  # with its name
+        given = [p[1] if isinstance(p, tuple) else p for p in params]  # with their names
+        if len({id(p) for p in given}) < len(given):  # torch warns alone; here two threads would update one memory
+            raise ValueError("params: a parameter stands twice in a group, each is expected once")
+        for i, p in enumerate(given):
             if isinstance(p, Tensor):
                 _check_parameter(i, p)
                 self._chosen(p.device)
@@ -108,10 +111,20 @@ class Lars(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:  # also part of load_state_dict
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", "auto")
-        self.__dict__.setdefault("_cores", {})  # graphs captured before go on reading theirs
+        self.__dict__.setdefault("_cores", {})  # a captured graph reads those of the optimizer that made it
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state; what its groups do not say, such as `adapt` in torch's SGD, stays as it is here."""
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):
+            own = [{name: group[name] for name in self.defaults} for group in self.param_groups]
+            saved = [{**kept, **group} for kept, group in zip(own, saved, strict=True)]
+            for group in saved:
+                _check_options(group)
+        super().load_state_dict({**state_dict, "param_groups": saved})
 
     def _batches(self) -> dict[torch.device, _Batch]:
         """The parameters that have a gradient, by device."""
@@ -129,7 +142,7 @@ class Lars(torch.optim.Optimizer):
                     last, batch = device, batches.setdefault(device, _Batch([], [], [], [], []))
                     if number not in batch.numbers:
                         batch.numbers.append(number)
-                    place = batch.numbers.index(number)
+                    place = len(batch.numbers) - 1
                 if state is not None:
                     v = state[p].get("momentum_buffer")
                     if v is None:
@@ -207,7 +220,10 @@ def _check_gradients(batch: _Batch) -> None:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _new_momentum_buffer(p: Tensor) -> Tensor:
@@ -263,8 +279,11 @@ def _settings(group: dict[str, Any], device: torch.device) -> _Settings:
 def _torch_step(tensors: tuple[list[Tensor], list[Tensor], list[Tensor | None]], settings: _Settings) -> None:
     params, grads, momenta = tensors
     lr = settings.lr if settings.lr_tensor is None else settings.lr_tensor
-    u = torch._foreach_mul(params, settings.weight_decay)
-    torch._foreach_add_(u, grads)
+    if grads[0].dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads):
+        u = list(torch._foreach_add(grads, params, alpha=settings.weight_decay))
+    else:
+        u = list(torch._foreach_mul(params, settings.weight_decay))
+        torch._foreach_add_(u, grads)
     inside = lr if settings.lr_in_momentum else 1.0
     if settings.adapt:
         w_norm, u_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(u))

@@ -1,6 +1,8 @@
 """`python -m bench optimizer`: its tensors, its check, rows, tables, the command."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -92,3 +94,20 @@ def test_the_command_writes_rows(small, tmp_path, monkeypatch, capsys):
     assert "│ resnet50 │ step │ native   │" in capsys.readouterr().out
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.optimizer_cpu().splitlines()[2].startswith("| `resnet50` | ")
+
+
+def test_a_captured_step_keeps_its_optimizer(monkeypatch):
+    """A replay reads and writes the optimizer's memory."""
+    made = []
+
+    def captured(step):
+        made.append(weakref.ref(step.__self__))
+        return lambda: made[-1]()
+
+    monkeypatch.setattr(optimizer.harness, "captured", captured)
+    params = optimizer.tensors([torch.Size([3, 2]), torch.Size([2])], torch.device("cpu"))
+    for name in optimizer.PROVIDERS:
+        call = optimizer._call(name, params, optimizer.GRAPH, torch.device("cpu"))
+        gc.collect()
+        assert made[-1]() is not None, name
+        call(0)

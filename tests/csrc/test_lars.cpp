@@ -44,3 +44,25 @@ TEST(steps_of_lars) {
     check(made({2 * n}, 0.7).slice(0, 0, 2 * n, 2), made({n}, 0.3), true);
   }
 }
+
+// More than one batch of what fits the cache (2^19 elements), adapted and not, against the same tensors one at a time.
+TEST(steps_of_lars_over_many_tensors) {
+  const LarsGroup adapted{0.5, std::nullopt, 0.9, 0.01, 0.02, true, true},
+      plain{0.5, std::nullopt, 0.9, 0, 1, false, true};
+  const int64_t sizes[] = {300000, 5, 300001, (1 << 19) + 3, 0, 17, 250000, 1};
+  LarsTensors together, alone;
+  for (int64_t i = 0; i < 8; ++i) {
+    for (auto* tensors : {&together, &alone}) {
+      tensors->params.push_back(made({sizes[i]}, 0.7 + 0.1 * static_cast<double>(i)));
+      tensors->grads.push_back(made({sizes[i]}, 0.3));
+      tensors->momenta.push_back(made({sizes[i]}, 0.2));
+      tensors->groups.push_back(i % 3 == 0);
+    }
+  }
+  make_lars(at::kCPU)->step(together, {adapted, plain});
+  for (size_t i = 0; i < 8; ++i) {
+    make_lars(at::kCPU)->step(
+        {{alone.params[i]}, {alone.grads[i]}, {alone.momenta[i]}, {0}}, {alone.groups[i] ? plain : adapted});
+    CHECK(together.params[i].equal(alone.params[i]) && together.momenta[i].equal(alone.momenta[i]));
+  }
+}

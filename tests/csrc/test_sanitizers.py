@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "c++")
 FLAGS = [
     "-std=c++20", "-O1", "-g", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized",
-    "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-DDOGO_CUDA=0",
+    "-Wno-unknown-pragmas", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer", "-DDOGO_CUDA=0",
 ]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86 = {"tiles_avx2": AVX2, "tiles_avx512": [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]}

@@ -523,3 +523,46 @@ def test_streams_may_change_between_steps():
             run(optimizer, params, (rate,), first_seed=seed)
         torch.cuda.current_stream().wait_stream(stream)
     assert_near(params, expected(start, **OPTIONS))
+
+
+def test_more_than_fits_a_cache_at_once():
+    """Several of the batches that the core takes on a CPU, against the definition."""
+    shapes = [(300_000,), (5,), (700, 430), (2**19 + 3,), (17,), (250_000,), (1,)]
+    for adapt in (True, False):
+        params = parameters(shapes)
+        wanted = expected(params, **OPTIONS, adapt=adapt)
+        run(Lars([{"params": params, "adapt": adapt}], 1.0, **OPTIONS, backend="native"), params)
+        for p, w in zip(params, wanted, strict=True):
+            assert_near([p], [w])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_of_another_optimizer_changes_no_option_that_it_lacks(backend):
+    params = parameters([(5, 3), (4,)])
+    sgd = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], 0.5, momentum=0.9)
+    run(sgd, params, rates=(0.5,))
+    ours = Lars([{"params": params[:1]}, {"params": params[1:], "adapt": False}], 0.1, eta=0.02, backend=backend)
+    ours.load_state_dict(sgd.state_dict())
+    assert [group["adapt"] for group in ours.param_groups] == [True, False]
+    assert [group["lr"] for group in ours.param_groups] == [0.5, 0.5]
+    assert all(torch.equal(ours.state[p]["momentum_buffer"], sgd.state[p]["momentum_buffer"]) for p in params)
+    broken = sgd.state_dict()
+    broken["param_groups"][1]["momentum"] = float("nan")
+    with pytest.raises(ValueError, match="momentum: a number from 0 to 1, found nan"):
+        ours.load_state_dict(broken)
+
+
+def test_a_parameter_twice_is_refused():
+    (p,) = parameters([(3,)])
+    with pytest.raises(ValueError, match="params: a parameter stands twice in a group"):
+        Lars([p, p], 0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_views_of_their_negative(backend):
+    (p,) = parameters([(3,)])
+    start = p.detach().clone()
+    p.grad = torch.tensor([0 - 1j, 0 - 2j, 0 + 3j]).conj().imag
+    assert p.grad.is_neg()
+    Lars([{"params": [p], "adapt": False}], 0.5, momentum=0.0, backend=backend).step()
+    torch.testing.assert_close(p.detach(), start - 0.5 * torch.tensor([1.0, 2.0, -3.0]))
