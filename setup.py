@@ -73,7 +73,9 @@ def native() -> tuple[list, dict, str]:
             # -isystem: warnings are about these sources, not about torch's.
             "cxx": [*CXX_FLAGS, f'-DDOGO_LEFT_OUT="{no_cuda}"', *(f"-isystem{path}" for path in include_dirs())],
             "nvcc": [
-                "-O3", "-lineinfo", *["-Werror", "all-warnings"] * STRICT,
+                "-O3",
+                "-lineinfo",
+                *["-Werror", "all-warnings"] * STRICT,
                 *(f"-isystem={path}" for path in include_dirs()),
             ],
         },

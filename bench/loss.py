@@ -54,6 +54,13 @@ def _rows(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def _providers(text: str) -> tuple[str, ...]:
+    names, known = tuple(text.split(",")), [provider.name for provider in providers.PROVIDERS]
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; allowed: {', '.join(known)}")
+    return names
+
+
 def _integers(text: str) -> tuple[int, ...]:
     try:
         values = tuple(int(part) for part in text.split(","))
@@ -73,6 +80,7 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
         "--widths", type=_integers, metavar="D,...", help="embedding widths; alone: at M = 8192 (1024 on a CPU)"
     )
     parser.add_argument("--loss", choices=("mutual", "ntxent"), default="mutual", help="default: %(default)s")
+    parser.add_argument("--providers", type=_providers, metavar="NAME,...", default=(), help="these alone")
     parser.add_argument("--compiled", action="store_true", help="time torch.compile on a CPU too")
     parser.add_argument("--million", action="store_true", help="M = 1,048,576 too, `triton` alone")
     parser.add_argument("--no-write", action="store_true", help="neither rows nor plot")
@@ -91,7 +99,7 @@ def cases(options: argparse.Namespace, device: str) -> list[Case]:
         points = [(M, WIDTH) for M in (QUICK_SIZES if options.quick else SIZES)[device]]
         if device == "cuda" and not options.quick:
             points += [(OTHER_WIDTHS_AT[device], D) for D in OTHER_WIDTHS]
-    found = [Case(options.loss, M, D) for M, D in points]
+    found = [Case(options.loss, M, D, options.providers) for M, D in points]
     return [*found, Case(options.loss, MILLION, WIDTH, ("triton",))] if options.million else found
 
 

@@ -202,6 +202,14 @@ def test_targets_of_the_native_core_are_ratios(capsys):
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
+def test_providers_can_be_chosen(capsys):
+    options = loss.parse(["--sizes", "8", "--providers", "native,torch"], "cpu")
+    assert [case.only for case in loss.cases(options, "cpu")] == [("native", "torch")]
+    with pytest.raises(SystemExit):
+        loss.parse(["--providers", "native,cuda"], "cpu")
+    assert "cuda: unknown; allowed: triton, triton, two ntxent, native, torch" in capsys.readouterr().err
+
+
 def test_default_cases():
     def points(argv, device):
         return [(case.M, case.D) for case in loss.cases(loss.parse(argv, device), device)]
