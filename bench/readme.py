@@ -42,6 +42,11 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
+def _digits(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _source(rows: list[Row]) -> str:
     row = rows[-1]
     return f"\n{row.device_name}, torch {row.torch}, {row.date}, commit {row.commit}: `{row.command}`\n"
@@ -60,8 +65,9 @@ def loss_cpu() -> str:
         ours_bytes, plain_bytes = (_p50(rows, name, "bytes", **cell) for name in ("native", "torch"))
         if ours and plain and ours_bytes and plain_bytes:
             lines.append([
-                f"{M // 2:,}", f"{ours:.3g} ms", f"{plain:.3g} ms", f"{plain / ours:.1f}x",
-                f"{ours_bytes / 2**20:,.3g} MiB", f"{plain_bytes / 2**20:,.0f} MiB", f"{plain_bytes / ours_bytes:.0f}x",
+                f"{M // 2:,}", f"{_digits(ours)} ms", f"{_digits(plain)} ms", f"{plain / ours:.1f}x",
+                f"{_digits(ours_bytes / 2**20)} MiB", f"{_digits(plain_bytes / 2**20)} MiB",
+                f"{plain_bytes / ours_bytes:.0f}x",
             ])  # fmt: skip
     header = ["images N", "`native`", "`torch`", "faster", "memory, `native`", "`torch`", "less"]
     return markdown(header, lines) + _source(rows)
@@ -74,7 +80,7 @@ def optimizer_cpu() -> str:
     lines = []
     for model in dict.fromkeys(row.case["model"] for row in rows):
         times = [_p50(rows, name, "ms", model=model) for name in names]
-        lines.append([f"`{model}`", *("-" if ms is None else f"{ms:.3g} ms" for ms in times)])
+        lines.append([f"`{model}`", *("-" if ms is None else f"{_digits(ms)} ms" for ms in times)])
     header = ["tensors of", "`native`", "`torch` (foreach)", "loop", "timm", "fused SGD", "fused AdamW", "copy"]
     return markdown(header, lines) + _source(rows)
 
