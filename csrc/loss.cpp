@@ -22,7 +22,6 @@
 // z, its gradients included, three tiles a thread, and 16 bytes for each task, of which there are (M / 128)^2 / 2.
 #include "loss.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 

@@ -365,7 +365,8 @@ def test_each_loss_sends_gradient_to_its_own_peer_only():
 def test_embeddings_without_gradient():
     x_a, y_a, x_b, y_b = on_device([*embeddings(7, 5, 27), *embeddings(7, 3, 28)])
     found = mutual_loss(x_a, y_a.detach(), x_b.detach(), y_b.detach(), backend="triton")
-    assert torch.autograd.grad(found.loss_b, x_a, allow_unused=True, retain_graph=True)[0] is None
+    assert found.loss_a.requires_grad
+    assert not found.loss_b.requires_grad
     whole = mutual_loss(x_a, y_a, x_b, y_b, backend="triton")
     first, second = (torch.autograd.grad(loss.loss_a, x_a)[0] for loss in (found, whole))
     assert torch.equal(first, second)
