@@ -28,9 +28,14 @@ except ImportError as missing:
 # -Wno-maybe-uninitialized: GCC 12 finds its own AVX-512 header guilty of it.
 STRICT = os.environ.get("DOGO_STRICT") == "1"
 CXX_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-g0", *["-Werror"] * STRICT]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *AVX2]
+# -ffp-contract=off: a fused product and sum is rounded once, and a pixel would not be the same everywhere.
 X86_FLAGS = {
-    "csrc/tiles_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/tiles_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
+    "csrc/pixels_avx2.cpp": [*AVX2, "-ffp-contract=off"],
+    "csrc/pixels_avx512.cpp": [*AVX512, "-ffp-contract=off"],
+    "csrc/tiles_avx2.cpp": AVX2,
+    "csrc/tiles_avx512.cpp": AVX512,
 }
 X86 = platform.machine() in ("x86_64", "AMD64")
 

@@ -1,7 +1,10 @@
 // The Python face of the core: arguments are checked here (what depends on the state of a loss, in loss.cpp), and the
 // GIL is released for as long as a call works.
+#include <ATen/ops/empty.h>
+#include <pybind11/numpy.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "augment.h"
 #include "embeddings.h"
 #include "lars.h"
 #include "loss.h"
@@ -118,6 +121,91 @@ void lars_step(
   lars.step(tensors, groups);
 }
 
+// -- views
+
+template <typename T>
+using Rows = py::array_t<T, py::array::c_style>;  // [m, ...]; augment.py made them so
+
+std::vector<dogo::SourceImage> source_images(const std::vector<py::array>& arrays) {
+  std::vector<dogo::SourceImage> images;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const py::array& a = arrays[i];
+    const std::string dtype = py::str(a.dtype());
+    TORCH_CHECK_VALUE(dtype == "uint8", "images[", i, "]: uint8 is expected, found ", dtype);
+    const at::IntArrayRef shape(reinterpret_cast<const int64_t*>(a.shape()), a.ndim());
+    TORCH_CHECK_VALUE(
+        a.ndim() == 3 && shape[0] > 0 && shape[1] > 0 && shape[2] == 3, "images[", i,
+        "]: [height, width, 3] is expected, found ", shape);
+    TORCH_CHECK_VALUE(a.flags() & py::array::c_style, "images[", i, "]: contiguous pixels are expected");
+    images.push_back({static_cast<const uint8_t*>(a.data()), shape[0], shape[1]});
+  }
+  return images;
+}
+
+void check_view(const dogo::View& view, int64_t i, const std::vector<dogo::SourceImage>& images) {
+  const auto n = static_cast<int64_t>(images.size());
+  TORCH_CHECK_VALUE(
+      view.source >= 0 && view.source < n, "source[", i, "]: one of ", n, " images is expected, found ", view.source);
+  const auto& [pixels, height, width] = images[view.source];
+  const auto inside = [](int64_t first, int64_t length, int64_t most) {
+    return first >= 0 && length >= 1 && first <= most && length <= most - first;
+  };
+  TORCH_CHECK_VALUE(
+      inside(view.left, view.width, width) && inside(view.top, view.height, height), "box[", i, "]: left ", view.left,
+      ", top ", view.top, ", ", view.width, " x ", view.height, " px is not inside of an image of ", width, " x ",
+      height);
+  for (const double factor : view.factors) {
+    TORCH_CHECK_VALUE(std::isfinite(factor), "factors[", i, "]: finite numbers are expected, found ", factor);
+  }
+  const double hue = view.factors[3];
+  TORCH_CHECK_VALUE(std::abs(hue) <= 0.5, "factors[", i, "]: a hue from -0.5 to 0.5 is expected, found ", hue);
+  auto sorted = view.order;
+  std::sort(sorted.begin(), sorted.end());
+  TORCH_CHECK_VALUE(
+      sorted == (std::array<int64_t, 4>{0, 1, 2, 3}), "order[", i, "]: 0, 1, 2 and 3 are expected, found ",
+      at::IntArrayRef(view.order));
+  TORCH_CHECK_VALUE(
+      view.sigma >= 0 && view.sigma <= dogo::kLargestSigma, "sigma[", i, "]: from 0 to ", dogo::kLargestSigma,
+      " is expected, found ", view.sigma);
+}
+
+void check_out(const at::Tensor& out, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(
+      out.device().is_cpu() && out.scalar_type() == at::kFloat && out.layout() == at::kStrided && out.sizes() == shape
+          && out.is_contiguous(at::MemoryFormat::ChannelsLast),
+      "out: a float32 CPU tensor of ", shape, " with channels_last strides is expected, found ", out.scalar_type(),
+      out.sizes(), " with strides ", out.strides(), " on ", out.device());
+}
+
+at::Tensor augment_views(
+    const std::vector<py::array>& arrays, const Rows<int64_t>& source, const Rows<int64_t>& box, const Rows<bool>& flip,
+    const Rows<bool>& jitter, const Rows<double>& factors, const Rows<int64_t>& order, const Rows<bool>& grayscale,
+    const Rows<double>& sigma, const Rows<bool>& solarize, int64_t size, const std::array<double, 3>& mean,
+    const std::array<double, 3>& std, const std::optional<at::Tensor>& given) {
+  const auto images = source_images(arrays);
+  std::vector<dogo::View> views(source.size());
+  for (int64_t i = 0; i < source.size(); ++i) {
+    dogo::View& view = views[i];
+    view = {source.at(i), box.at(i, 0),    box.at(i, 1),   box.at(i, 2), box.at(i, 3), flip.at(i),
+            jitter.at(i), grayscale.at(i), solarize.at(i), {},           {},           sigma.at(i)};
+    std::copy_n(factors.data(i), 4, view.factors.begin());
+    std::copy_n(order.data(i), 4, view.order.begin());
+    check_view(view, i, images);
+  }
+  for (int c = 0; c < 3; ++c) {
+    TORCH_CHECK_VALUE(std::isfinite(mean[c]), "mean: finite numbers are expected, found ", mean[c]);
+    TORCH_CHECK_VALUE(std::isfinite(std[c]) && std[c] > 0, "std: numbers > 0 are expected, found ", std[c]);
+  }
+  const std::array<int64_t, 4> shape{source.size(), 3, size, size};
+  if (given) check_out(*given, shape);
+  py::gil_scoped_release release;
+  const auto options = at::TensorOptions(at::kFloat).memory_format(at::MemoryFormat::ChannelsLast);
+  const at::Tensor out = given ? *given : at::empty(shape, options);
+  dogo::augment_views(images, views, {mean, std}, out);
+  out.unsafeGetTensorImpl()->bump_version();  // for autograd, as every change in place is
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -142,4 +230,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "step", &lars_step, release(), py::arg("params"), py::arg("grads"), py::arg("momenta"), py::arg("group_of"),
           py::arg("groups"));
+  m.def(
+      "augment_views", &augment_views, py::arg("images"), py::kw_only(), py::arg("source"), py::arg("box"),
+      py::arg("flip"), py::arg("jitter"), py::arg("factors"), py::arg("order"), py::arg("grayscale"), py::arg("sigma"),
+      py::arg("solarize"), py::arg("size"), py::arg("mean"), py::arg("std"), py::arg("out"));
 }

@@ -1,12 +1,14 @@
-"""Losses of two peers that distil each other: NT-Xent and similarity distillation, over the batch of all ranks.
+"""Losses of two peers that distil each other, over the batch of all ranks; an optimizer and augmentations for them.
 
 ntxent_loss     the contrastive loss of one peer
 mutual_loss     both peers: NT-Xent and the KL between their similarity distributions, in one call
 similarity_kl   the two KL terms alone
 gather_views    starts the exchange of one peer's embeddings ahead of `mutual_loss`
 Lars            the optimizer of large batches, over all tensors at once
+augment_views   random views of decoded images on a CPU, all in one call
 """
 
+from kernels.augment import augment_views
 from kernels.lars import Lars
 from kernels.mutual import (
     GatheredViews,
@@ -23,6 +25,7 @@ __all__ = [
     "Lars",
     "MutualLoss",
     "SimilarityKL",
+    "augment_views",
     "gather_views",
     "mutual_loss",
     "ntxent_loss",
