@@ -22,6 +22,9 @@ from engine.optimizer_config import LAYERWISE, Fraction, NonNegative, OptimizerC
 
 Range = tuple[NonNegative, NonNegative]
 
+SHARDED = ("webdataset", "tfrecord")
+ENCODED = ("tiny-imagenet", "folder", *SHARDED)  # data sets of encoded images, a file or a record each
+
 
 class ConfigError(ValueError):
     """A bad configuration: one line an error, each with the dotted key, what was given and what is allowed."""
@@ -100,16 +103,26 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    dataset: Literal["cifar10", "cifar100", "stl10", "tiny-imagenet", "folder"] = "cifar10"
+    dataset: Literal["cifar10", "cifar100", "stl10", "tiny-imagenet", "folder", "webdataset", "tfrecord"] = "cifar10"
     root: Path = Path("data")
     """Folder of the data set; the named ones are downloaded there."""
-    loader: Literal["torchvision"] = "torchvision"
+    manifest: Path | None = None
+    """File that remembers what a scan found of every image; left out: in `root`, or in the user's cache where `root`
+    cannot be written."""
+    shards: Annotated[int, Field(gt=0)] | None = None
+    """How many training shards there must be (webdataset, tfrecord); left out: as many as their names tell."""
+    loader: Literal["torchvision", "dali"] = "torchvision"
+    """torchvision: worker processes, any data set; dali: NVIDIA DALI, on the GPU where there is one, for folders and
+    shards.  Both give the same crops and colours of the same images in the same order."""
     image_size: Annotated[int, Field(ge=8)] | None = None
-    """Side of a view in pixels; left out: the data set's own (32, 32, 96, 64; folder 224)."""
+    """Side of a view in pixels; left out: the data set's own (32, 32, 96, 64; folders and shards 224)."""
     batch_size: Annotated[int, Field(ge=2)] = 256
     """Images of the global batch, over all ranks."""
+    last_batch: Literal["drop", "fill"] = "drop"
+    """Images left at the end of an epoch that make no whole batch: dropped, or filled up with the epoch's first."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Loader processes a rank; auto: the rank's share of the cores, at most 8.  The views do not depend on it."""
+    """Loader processes (torchvision) or threads (dali) a rank; auto: the rank's share of the cores, at most 8.  The
+    views do not depend on it."""
     views: Literal["per_peer", "shared"] = "per_peer"
     """per_peer: each peer its own two views of an image; shared: both see the same two."""
     augment: AugmentConfig = AugmentConfig()
@@ -119,6 +132,24 @@ class DataConfig(Section):
     @classmethod
     def _preset_name(cls, value: Any) -> Any:
         return {"preset": value} if isinstance(value, str) else value
+
+    @field_validator("root", "manifest")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
+    @model_validator(mode="after")
+    def _loader_fits(self) -> DataConfig:
+        if self.loader == "dali" and self.dataset not in ENCODED:
+            raise ValueError(
+                f"data.loader: dali decodes files, and {self.dataset} is one array; use data.loader=torchvision, or "
+                f"data.dataset one of {', '.join(ENCODED)}"
+            )
+        if self.shards is not None and self.dataset not in SHARDED:
+            raise ValueError(
+                f"data.shards: {self.shards} with data.dataset={self.dataset}, which has no shards; unset it"
+            )
+        return self
 
 
 class ProjectorConfig(Section):

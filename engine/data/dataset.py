@@ -1,21 +1,12 @@
 """What every source of images offers to the loaders: length, labels, one decoded image by its index."""
 
-import errno
-import hashlib
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-
-# Nothing else is tried: some of Pillow's other plugins start programs (EPS runs Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-
-# The machine is at its limit; calling the image unreadable would silently drop good data.
-_NOT_THE_IMAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+from PIL import Image
 
 
 class DataError(ValueError):
@@ -99,7 +90,7 @@ class ArrayDataset(ImageDataset):
             raise DataError(f"{name}: images are {images.dtype} {list(images.shape)}; give uint8 [N, H, W, 3]")
         self.name = name
         self.images = images
-        self.labels = _as_labels(name, labels, len(images))
+        self.labels = as_labels(name, labels, len(images))
         self._num_classes = num_classes
 
     def __len__(self) -> int:
@@ -135,117 +126,8 @@ class ArrayDataset(ImageDataset):
             self.images = np.ndarray(shape, np.uint8, buffer=whole, offset=offset, strides=strides)
 
 
-class FileDataset(ImageDataset):
-    """One image a file, decoded in full by Pillow.
-
-    Args:
-        name: short name for logs.
-        paths: the files, in the order of the indices.
-        labels: integers [N], or None.
-        classes: names of the labels, by label; None where there are no labels.
-        rejected: files left out when the dataset was listed, with the reason.
-
-    Raises:
-        DataError: labels do not match the paths or the classes.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        paths: Sequence[str | os.PathLike[str]],
-        labels: np.ndarray | None,
-        classes: Sequence[str] | None,
-        *,
-        rejected: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        self.name = name
-        self.labels = _as_labels(name, labels, len(paths))
-        self.classes = None if classes is None else tuple(classes)
-        if self.labels is not None and (self.classes is None or self.labels.max(initial=-1) >= len(self.classes)):
-            raise DataError(f"{name}: labels without a class name for each; give `classes`, one name a label")
-        self.rejected = list(rejected)
-        # One block of bytes: a list of a million strings would be copied into every forked worker as its
-        # reference counts are touched.
-        encoded = [os.fsencode(path) for path in paths]
-        self._block = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def path(self, index: int) -> str:
-        """The file of this index. Raises IndexError."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} images, no index {index}")
-        return os.fsdecode(self._block[self._ends[index] : self._ends[index + 1]])
-
-    def image(self, index: int) -> Image.Image:
-        return decode(self.path(index))
-
-    def describe(self, index: int) -> str:
-        return self.path(index)
-
-    def fingerprint(self) -> str:
-        paths = [self.path(index) for index in range(len(self))]
-        below = os.path.commonpath([os.path.dirname(path) for path in paths])  # the folder may be moved
-        names = "\0".join(os.path.relpath(path, below) for path in paths)
-        digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
-        return f"{self.name}, {len(self)} images, names {digest}"
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.labels is None or self.classes is None else len(self.classes)
-
-    def subset(self, name: str, indices: np.ndarray) -> "FileDataset":
-        """The images of these indices (integers [n]), with the same classes."""
-        labels = None if self.labels is None else self.labels[indices]
-        return FileDataset(name, [self.path(index) for index in indices], labels, self.classes, rejected=self.rejected)
-
-
-def decode(path: str) -> Image.Image:
-    """The whole file as an RGB image; the first frame of several; EXIF orientation is not applied.
-
-    Raises:
-        UnreadableImage: missing, empty, no image, truncated, damaged, a decompression bomb, or without 8-bit meaning.
-    """
-    with _opened(path) as image:
-        if image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode} has no fixed range of values; convert it to 8 bits a channel")
-        if image.mode.startswith("I;16"):  # Pillow would clip at 255 and return a white image
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:  # Pillow warns when this goes straight to RGB
-            return image.convert("RGBA").convert("RGB")
-        image.load()
-        return image.convert("RGB")
-
-
-def header_problem(path: str) -> str | None:
-    """Why this file cannot be an image, from its header alone; None where it may be one."""
-    try:
-        with _opened(path):
-            return None
-    except UnreadableImage as error:
-        return error.reason
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """The image with its header read; what fails inside is an UnreadableImage."""
-    try:
-        if os.stat(path).st_size == 0:
-            raise ValueError("the file is empty")
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(path, f"not an image of a known format: {', '.join(FORMATS)}") from error
-    except Exception as error:  # on damaged bytes Pillow's plugins raise nearly anything
-        if isinstance(error, OSError) and error.errno in _NOT_THE_IMAGE:
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImage(path, reason or type(error).__name__) from error
-
-
-def _as_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+def as_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """Labels as int64 [count]; None stays None.  Raises DataError: not integers from 0, or not one an image."""
     if labels is None:
         return None
     labels = np.asarray(labels)
@@ -254,6 +136,11 @@ def _as_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray |
             f"{name}: labels are {labels.dtype} {list(labels.shape)} for {count} images; give integers from 0, one each"
         )
     return labels.astype(np.int64)
+
+
+def labels_without_class(name: str) -> DataError:
+    """The error of labels that have no name each."""
+    return DataError(f"{name}: labels without a class name for each; give `classes`, one name a label")
 
 
 def _place_in_file(array: np.ndarray) -> tuple[str, int, tuple[int, ...], tuple[int, ...]] | None:

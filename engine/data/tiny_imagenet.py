@@ -5,20 +5,25 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.dataset import DataError, FileDataset
+from engine.data.dataset import DataError
 from engine.data.download import archive, extract, locked
+from engine.data.encoded import FileDataset
+from engine.data.manifest import facts_of, scan, warn_of_rejected
 
 FOLDER = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
-def tiny_imagenet(root: str | Path, train: bool, *, url: str = URL, md5: str = MD5) -> FileDataset:
+def tiny_imagenet(
+    root: str | Path, train: bool, *, manifest: Path | None = None, url: str = URL, md5: str = MD5
+) -> FileDataset:
     """The 100,000 training or 10,000 validation images; a label is the rank of the WordNet id among the sorted ones.
 
     Args:
         root: holds `tiny-imagenet-200/`, downloaded and unpacked on the first call.
         train: the training images, else the validation images.
+        manifest: the file that keeps what the scan found; by default in that folder.
         url, md5: of the official archive.
 
     Raises:
@@ -26,10 +31,20 @@ def tiny_imagenet(root: str | Path, train: bool, *, url: str = URL, md5: str = M
     """
     folder = _prepared(Path(root), url, md5)
     classes = _classes(folder)
-    entries = _train_entries(folder, classes) if train else _val_entries(folder, classes)
-    paths = [path for path, _ in entries]
-    labels = np.array([label for _, label in entries], np.int64)
-    return FileDataset("tiny-imagenet" if train else "tiny-imagenet-val", paths, labels, classes)
+    both = _train_entries(folder, classes), _val_entries(folder, classes)
+    files = [os.path.relpath(path, folder) for entries in both for path, _ in entries]  # both in one manifest
+    records = scan(folder, files, kind="tiny-imagenet", manifest=manifest)
+    entries = both[0] if train else both[1]
+    records = records[: len(entries)] if train else records[-len(entries) :]
+    found = [(path, label, record.images[0]) for (path, label), record in zip(entries, records, strict=True)]
+    rejected = [(path, image.problem) for path, _, image in found if image.problem is not None]
+    warn_of_rejected(os.fspath(folder), rejected, len(found))
+    usable = [(path, label, image) for path, label, image in found if image.problem is None]
+    if not usable:
+        raise DataError(f"{rejected[0][0]}: none of the images can be read ({rejected[0][1]}); {_advice(folder)}")
+    paths, labels, images = zip(*usable, strict=True)
+    name = "tiny-imagenet" if train else "tiny-imagenet-val"
+    return FileDataset(name, paths, facts_of(images), np.array(labels, np.int64), classes, rejected=rejected)
 
 
 def _prepared(root: Path, url: str, md5: str) -> Path:

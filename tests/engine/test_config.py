@@ -78,7 +78,7 @@ def test_a_saved_configuration_reads_back_equal(file, tmp_path):
         ("data.batch_size=1", "data.batch_size: found 1, allowed: greater than or equal to 2"),
         ("data.workers=foo", "data.workers: found 'foo', allowed: a valid integer"),
         ("data.dataset=mnist", "data.dataset: found 'mnist', allowed: 'cifar10', 'cifar100'"),
-        ("data.loader=dali", "data.loader: found 'dali', allowed: 'torchvision'"),
+        ("data.loader=ffcv", "data.loader: found 'ffcv', allowed: 'torchvision' or 'dali'"),
         ("peers.5.tau=1", "peers.5.tau: cannot be set here"),
         ("peers.0.optimizer.name=foo", "peers.0.optimizer.name: found 'foo', allowed: 'adam'"),
         ("peers.0.objective=byol", "peers.0.objective: found 'byol', allowed: 'simclr'"),
@@ -201,3 +201,30 @@ def test_official_holds_every_number_of_the_official_code():
         assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adam", 3e-4, 1e-6)
         assert (optimizer.schedule, optimizer.warmup_epochs) == ("constant", 0.0)
         assert optimizer.exclude_bias_and_norm is None  # Adam: decay on everything, as torch does
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"loader": "dali"},
+            r"data\.loader: dali decodes files, and cifar10 is one array; use data\.loader=torchvision",
+        ),
+        ({"loader": "dali", "dataset": "stl10"}, r"data\.loader: dali decodes files, and stl10 is one array"),
+        ({"shards": 3}, r"data\.shards: 3 with data\.dataset=cifar10, which has no shards; unset it"),
+        ({"shards": 0, "dataset": "tfrecord"}, r"data\.shards: found 0"),
+        ({"last_batch": "pad"}, r"data\.last_batch: found 'pad', allowed: 'drop' or 'fill'"),
+    ],
+)
+def test_data_sections_without_meaning_are_refused(settings, data, message):
+    settings["data"] = data
+    with pytest.raises(ConfigError, match=message):
+        parse_config(settings)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "webdataset", "tfrecord", "tiny-imagenet"])
+def test_dali_takes_encoded_images(settings, dataset):
+    settings["data"] = {"loader": "dali", "dataset": dataset, "root": "~/images", "manifest": "~/m.jsonl"}
+    data = parse_config(settings).data
+    assert data.loader == "dali"
+    assert not str(data.root).startswith("~") and not str(data.manifest).startswith("~")

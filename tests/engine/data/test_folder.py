@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.data import folder
 from engine.data.catalog import NATIVE_SIZE, open_dataset
 from engine.data.dataset import DataError
 from engine.data.folder import open_folder
+from engine.data.manifest import NAME
 
 PHOTOS = Path(__file__).parents[3].parent / "shared" / "data" / "imagewoof320-mini.tar"
 
@@ -81,14 +83,42 @@ def test_unreadable_files_are_left_out_and_reported_once(tmp_path, caplog):
     for i in range(4):
         (tmp_path / "b" / f"page{i}.jpeg").write_text("<html>")
     Image.new("CMYK", (5, 5)).save(tmp_path / "b" / "print.jpg")
+    cut = tmp_path / "b" / "cut.jpg"
+    Image.effect_noise((90, 90), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-100])
     for split in ("train", "bank", "test"):
         open_dataset("folder", tmp_path, split)
     dataset = open_dataset("folder", tmp_path, "train")
-    assert len(dataset) == 7 and len(dataset.rejected) == 6
+    assert len(dataset) == 7 and len(dataset.rejected) == 7
     assert dataset.rejected[0] == (str(tmp_path / "a" / "empty.jpg"), "the file is empty")
     assert len(caplog.records) == 1
-    assert "left out 6 of 13 files" in caplog.text and "a/empty.jpg: the file is empty" in caplog.text
+    assert "left out 7 of 14 files" in caplog.text and "a/empty.jpg: the file is empty" in caplog.text
     assert "page1.jpeg" not in caplog.text and "\n" not in caplog.records[0].getMessage()
+
+
+def test_the_listing_is_read_from_one_manifest(tmp_path, monkeypatch):
+    make(tmp_path, "train/a/1.png", "train/a/2.jpg", "train/b/1.webp", "test/a/1.png", "test/b/2.png", "extra/3.png")
+    (tmp_path / "test" / "b" / "1.png").write_bytes(b"")
+    fresh = open_folder(tmp_path)
+    lines = (tmp_path / NAME).read_text().splitlines()[1:]
+    assert [line.split('"')[1] for line in lines] == [
+        "train/a/1.png", "train/a/2.jpg", "train/b/1.webp", "test/a/1.png", "test/b/1.png", "test/b/2.png",
+    ]  # fmt: skip
+    folder._list.cache_clear()
+    monkeypatch.setattr("engine.data.manifest.inspect", None)  # not one image is decoded
+    for one, other in zip(fresh, open_folder(tmp_path), strict=True):
+        assert one is not other and one.fingerprint() == other.fingerprint() and one.rejected == other.rejected
+        np.testing.assert_array_equal(one.labels, other.labels)
+        for ours, theirs in zip(one.facts, other.facts, strict=True):
+            np.testing.assert_array_equal(ours, theirs, strict=True)
+    assert fresh.train.facts.direct.tolist() == [True, True, False]
+    assert fresh.val.rejected == [(str(tmp_path / "test" / "b" / "1.png"), "the file is empty")]
+
+
+def test_the_manifest_may_lie_elsewhere(tmp_path):
+    make(tmp_path, "images/1.png", "images/2.png")
+    open_dataset("folder", tmp_path / "images", "train", manifest=tmp_path / "facts")
+    assert (tmp_path / "facts").is_file() and not (tmp_path / "images" / NAME).exists()
 
 
 def test_errors_name_the_folder_and_what_to_do(tmp_path):
@@ -139,10 +169,11 @@ def test_nothing_to_hold_out(tmp_path):
 @pytest.mark.parametrize(("name", "split"), [("imagenet", "train"), ("folder", "val")])
 def test_unknown_name(tmp_path, name, split):
     with pytest.raises(
-        DataError, match=r"give one of cifar10, cifar100, stl10, tiny-imagenet, folder; train, bank or test"
+        DataError,
+        match=r"give one of cifar10, cifar100, stl10, tiny-imagenet, folder, webdataset, tfrecord; train, bank or test",
     ):
         open_dataset(name, tmp_path, split)
-    assert set(NATIVE_SIZE) == {"cifar10", "cifar100", "stl10", "tiny-imagenet", "folder"}
+    assert set(NATIVE_SIZE) == {"cifar10", "cifar100", "stl10", "tiny-imagenet", "folder", "webdataset", "tfrecord"}
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"needs {PHOTOS.name} in shared/data")

@@ -56,6 +56,35 @@ def test_train_and_val(tmp_path, md5):
     assert len(open_dataset("tiny-imagenet", tmp_path, "test")) == 6
 
 
+def test_damaged_images_are_left_out_with_their_labels(tmp_path, md5, caplog):
+    fresh = tiny_imagenet(tmp_path, True, url=URL, md5=md5)
+    assert fresh.rejected == [] and fresh.facts.direct.all() and (fresh.facts.sizes == 64).all()
+    folder = tmp_path / "tiny-imagenet-200"
+    (folder / "train/n02/images/n02_1.JPEG").write_bytes(b"")
+    (folder / "val/images/val_0.JPEG").write_bytes(jpeg(0)[:-9])
+    train, val = tiny_imagenet(tmp_path, True), tiny_imagenet(tmp_path, False)
+    assert train.rejected == [(str(folder / "train/n02/images/n02_1.JPEG"), "the file is empty")]
+    assert train.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4 and train.path(5).endswith("n02_2.JPEG")
+    assert len(val) == 5 and val.path(0).endswith("val_1.JPEG") and "truncated" in val.rejected[0][1]
+    assert "left out 1 of 12 files that are no images (train/n02/images/n02_1.JPEG: the file is empty)" in caplog.text
+
+
+def test_both_parts_share_a_manifest(tmp_path, md5, monkeypatch):
+    tiny_imagenet(tmp_path, True, url=URL, md5=md5)
+    monkeypatch.setattr("engine.data.manifest.inspect", None)  # not one image is decoded
+    assert len(tiny_imagenet(tmp_path, False)) == 6 and len(tiny_imagenet(tmp_path, True)) == 12
+
+
+def test_no_image_at_all(tmp_path, md5):
+    tiny_imagenet(tmp_path, True, url=URL, md5=md5)
+    for path in (tmp_path / "tiny-imagenet-200" / "val").rglob("*.JPEG"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"val_0\.JPEG: none of the images can be read \(the file is empty\); delete the"
+    ):
+        tiny_imagenet(tmp_path, False)
+
+
 def test_only_what_is_read_is_unpacked(tmp_path, md5):
     folder = tmp_path / "tiny-imagenet-200"
     tiny_imagenet(tmp_path, True, url=URL, md5=md5)
