@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP    := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl csrc/*.cu csrc/*.cuh tests/csrc/*.h tests/csrc/*.cpp)
 STAMP  := $(VENV)/.installed
+# The CUDA release that torch is for, as the names of DALI's wheels have it; any where torch has none.
+CUDA   := import torch; print((torch.version.cuda or '13').split('.')[0])
 
 .PHONY: help setup quickstart test check bench gpu format clean
 
@@ -18,7 +20,7 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) 'torch>=2.11' 'setuptools>=77' ninja
-	DOGO_STRICT=1 $(PIP) --no-build-isolation -e '.[dev]'
+	DOGO_STRICT=1 $(PIP) --no-build-isolation -e ".[dev,dali-cuda$$($(BIN)/python -c "$(CUDA)")]"
 	$(BIN)/python -c 'from kernels import native; print(native.describe())'
 	touch $@
 

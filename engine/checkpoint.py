@@ -32,11 +32,12 @@ from engine.config import Config, differing_keys
 from engine.distributed import Ranks, barrier, first_rank_does
 from engine.engines import PeerEngine
 
-FORMAT = 1
+FORMAT = 2
 
 # A resumed run may change these: they do not change what the steps to come compute.
 FREE_KEYS = ("run.output_dir", "run.resume", "run.save_every_steps", "run.keep_checkpoints", "run.log_every_steps",
-             "run.epochs", "run.steps", "data.root", "data.workers", "eval")  # fmt: skip
+             "run.epochs", "run.steps", "data.root", "data.manifest", "data.shards",
+             "data.workers", "eval")  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -51,6 +52,8 @@ class Progress:
     """Finished steps."""
     data: str
     """Fingerprint of the data set; with other images the epochs would run in another order."""
+    loader: str
+    """Fingerprint of the loader; another one's views differ in rounding."""
     seconds: float
     """Wall time of the run."""
     train_seconds: float
@@ -98,8 +101,8 @@ def _commit(partial: Path, final: Path, progress: Progress, cfg: Config, ranks: 
     shutil.rmtree(stale, ignore_errors=True)
 
 
-def check_fits(folder: Path, progress: Progress, *, steps: int, data: str) -> None:
-    """Raises CheckpointError: the run would end before this checkpoint, or the data set is another than its own."""
+def check_fits(folder: Path, progress: Progress, *, steps: int, data: str, loader: str) -> None:
+    """Raises CheckpointError: the run would end before this checkpoint, or data set or loader are not its own."""
     if progress.step > steps:
         raise CheckpointError(
             f"{folder}: has {progress.step} steps behind it, and this run ends at {steps}; "
@@ -109,6 +112,11 @@ def check_fits(folder: Path, progress: Progress, *, steps: int, data: str) -> No
         raise CheckpointError(
             f"{folder}: made of another data set ({progress.data}; there is {data} now); "
             "restore the data, or give another run.output_dir for a new run"
+        )
+    if progress.loader != loader:
+        raise CheckpointError(
+            f"{folder}: its views are of another loader ({progress.loader}; there is {loader} now); "
+            "go on where it was begun and with the same version, or give another run.output_dir for a new run"
         )
 
 

@@ -129,6 +129,8 @@ class PeerEngine:
 
     def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [n, D] of both views, with gradient."""
+        if not self.engine.torch_autocast_enabled():
+            x, y = x.float(), y.float()  # a loader on a GPU gives float16
         return self.engine(x, y)
 
     def backward(self, loss: Tensor) -> None:

@@ -7,7 +7,6 @@ Legend
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,11 +14,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.config import KnnConfig
+from engine.config import DataConfig, KnnConfig
 from engine.data.augment import AugmentPolicy
-from engine.data.catalog import open_dataset
+from engine.data.catalog import open_split
 from engine.data.dataset import ImageDataset
-from engine.data.torch_loader import SkippedImages, plain_images
+from engine.data.skipped import SkippedImages
+from engine.data.torch_loader import plain_images
 from engine.distributed import Ranks
 from kernels.collectives import gather_rows
 
@@ -60,8 +60,7 @@ class KnnProbe:
 
     def __init__(
         self,
-        dataset: str,
-        root: str | Path,
+        data: DataConfig,
         cfg: KnnConfig,
         policy: AugmentPolicy,
         *,
@@ -70,8 +69,8 @@ class KnnProbe:
         skipped: SkippedImages,
     ) -> None:
         self.cfg, self.policy, self.workers, self.ranks, self.skipped = cfg, policy, workers, ranks, skipped
-        self.bank = open_dataset(dataset, root, "bank")
-        self.queries = open_dataset(dataset, root, "test")
+        self.bank = open_split(data, "bank")
+        self.queries = open_split(data, "test")
 
     def accuracy(self, features: Callable[[Tensor], Tensor]) -> float | None:
         """`features` maps images [c, 3, S, S] to [c, F]; the same accuracy on every rank.  Called by all ranks."""

@@ -12,8 +12,12 @@ from engine import checkpoint, run_dir
 from engine.batchnorm import average_buffers
 from engine.config import Config
 from engine.data.augment import build_policy
-from engine.data.catalog import NATIVE_SIZE, open_dataset
-from engine.data.torch_loader import Batch, SkippedImages, TorchLoader
+from engine.data.catalog import NATIVE_SIZE, open_split
+from engine.data.dali_graph import require_dali
+from engine.data.dali_loader import DaliLoader
+from engine.data.order import Batch, BatchOrder
+from engine.data.skipped import SkippedImages
+from engine.data.torch_loader import TorchLoader
 from engine.distributed import Ranks, barrier, cores_per_rank, everyone_does, first_rank_does, seed_everything
 from engine.engines import build_engines
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
@@ -22,6 +26,7 @@ from engine.optimizers import learning_rate, set_learning_rate
 from engine.probe import KnnProbe
 
 MAX_AUTO_WORKERS = 8
+LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader}
 
 
 class NonFiniteLoss(RuntimeError):
@@ -44,6 +49,8 @@ class Trainer:
         self.cfg, self.ranks = cfg, ranks
         self.folder: Path = cfg.run.output_dir
         # What needs no data comes first: a slip in the configuration must not cost a download.
+        if cfg.data.loader == "dali":
+            require_dali()
         self.resume_point = first_rank_does(ranks, lambda: run_dir.resume_point(cfg, ranks.world))
         seed_everything(cfg.run.seed)
         self.size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
@@ -55,25 +62,28 @@ class Trainer:
         cfg, ranks = self.cfg, self.ranks
         workers = min(cores_per_rank(), MAX_AUTO_WORKERS) if cfg.data.workers == "auto" else cfg.data.workers
         policy = build_policy(cfg.data.augment, self.size)
-        dataset = open_dataset(cfg.data.dataset, cfg.data.root, "train")
+        dataset = open_split(cfg.data, "train")
         assert dataset is not None
         self.skipped = SkippedImages(ranks)
         self.per_peer_views = cfg.data.views == "per_peer"
-        self.loader = TorchLoader(
-            dataset, policy, views=2 * len(cfg.peers) if self.per_peer_views else 2,
-            batch_size=cfg.data.batch_size, seed=cfg.run.seed, workers=workers, ranks=ranks,
-            skipped=self.skipped,
+        self.order = BatchOrder(
+            dataset, batch_size=cfg.data.batch_size, seed=cfg.run.seed, ranks=ranks, last_batch=cfg.data.last_batch
+        )
+        self.loader = LOADERS[cfg.data.loader](
+            dataset, policy, self.order, views=2 * len(cfg.peers) if self.per_peer_views else 2,
+            workers=workers, ranks=ranks, skipped=self.skipped,
         )  # fmt: skip
         self.knn = KnnProbe(
-            cfg.data.dataset, cfg.data.root, cfg.eval.knn, policy,
-            workers=workers, ranks=ranks, skipped=self.skipped,
+            cfg.data, cfg.eval.knn, policy, workers=workers, ranks=ranks, skipped=self.skipped,
         )  # fmt: skip
         held = self.knn.queries.rejected if self.knn.queries is not None else ()
         self.rejected = len({*dataset.rejected, *held})
-        self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.loader.steps_per_epoch
+        self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.order.steps_per_epoch
         self.data = dataset.fingerprint()
         if self.resume_point is not None:
-            checkpoint.check_fits(*self.resume_point, steps=self.steps, data=self.data)
+            checkpoint.check_fits(
+                *self.resume_point, steps=self.steps, data=self.data, loader=self.loader.fingerprint()
+            )
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -133,7 +143,7 @@ class Trainer:
         for engine, peer in zip(self.engines, self.cfg.peers, strict=True):
             lr = learning_rate(
                 peer.optimizer, step,
-                steps=self.steps, steps_per_epoch=self.loader.steps_per_epoch, batch_size=self.cfg.data.batch_size,
+                steps=self.steps, steps_per_epoch=self.order.steps_per_epoch, batch_size=self.cfg.data.batch_size,
             )  # fmt: skip
             set_learning_rate(engine.optimizer, lr)
             engine.step()
@@ -167,7 +177,7 @@ class Trainer:
         return values
 
     def _log(self, done: int, embeddings: list[Views]) -> dict[str, Any]:
-        row: dict[str, float] = {"epoch": done / self.loader.steps_per_epoch, **self.meters.read()}
+        row: dict[str, float] = {"epoch": done / self.order.steps_per_epoch, **self.meters.read()}
         for engine, (x, _) in zip(self.engines, embeddings, strict=True):
             row.update({f"{key}/{engine.name}": float(v) for key, v in collapse_indicators(x).items()})
             row[f"lr/{engine.name}"] = engine.optimizer.param_groups[0]["lr"]
@@ -195,8 +205,9 @@ class Trainer:
 
     def _save(self, done: int, folder: str = "checkpoints") -> Path:
         progress = checkpoint.Progress(
-            step=done, data=self.data, seconds=self.wall.read(), train_seconds=self.training.read()
-        )
+            step=done, data=self.data, loader=self.loader.fingerprint(),
+            seconds=self.wall.read(), train_seconds=self.training.read(),
+        )  # fmt: skip
         path = checkpoint.save(self.folder / folder, progress, self.engines, self.cfg, self.ranks)
         if self.ranks.is_first:
             checkpoint.prune(path.parent, self.cfg.run.keep_checkpoints)

@@ -15,13 +15,17 @@ ORDER = [
     "kernels.forward_gradients", "kernels.native", "kernels.mutual_native",
     "kernels.embed_triton", "kernels.pairs_triton", "kernels.finish_triton", "kernels.project_triton",
     "kernels.stats_triton", "kernels.stats_safe_triton", "kernels.gradient_triton", "kernels.passes_triton",
-    "kernels.mutual_triton", "kernels.mutual", "kernels.lars", "kernels",
+    "kernels.mutual_triton", "kernels.mutual", "kernels.lars", "kernels.augment",
+    "kernels",
     "engine.optimizer_config", "engine.config", "engine.distributed", "engine.batchnorm",
-    "engine.data.dataset", "engine.data.download", "engine.data.cifar", "engine.data.stl10",
-    "engine.data.tiny_imagenet", "engine.data.folder", "engine.data.catalog", "engine.data.augment",
-    "engine.data.torch_loader",
+    "engine.data.dataset", "engine.data.encoded", "engine.data.download", "engine.data.manifest",
+    "engine.data.cifar", "engine.data.stl10", "engine.data.tiny_imagenet", "engine.data.folder",
+    "engine.data.shard_files", "engine.data.shards", "engine.data.crc32c", "engine.data.webdataset",
+    "engine.data.tfrecord", "engine.data.catalog", "engine.data.augment", "engine.data.order", "engine.data.skipped",
+    "engine.data.torch_loader", "engine.data.dali_graph", "engine.data.dali_loader",
     "engine.peers", "engine.objectives", "engine.optimizers", "engine.engines", "engine.checkpoint", "engine.metrics",
     "engine.run_dir", "engine.probe", "engine.trainer", "engine.train", "engine.export",
+    "engine.scan", "engine.pack",
 ]  # fmt: skip
 
 

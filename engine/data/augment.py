@@ -172,6 +172,15 @@ def uniforms(seed: int, epoch: int, index: int, views: int) -> Array:
     return _generator(seed, epoch, stream=0, counter=index).random((views, UNIFORMS))
 
 
+def draw_views(
+    policy: AugmentPolicy, *, seed: int, epoch: int, indices: NDArray[np.int64], sizes: NDArray[np.integer], views: int
+) -> ViewParams:
+    """Parameters of all views of n images (sizes [n, 2]: width, height), [views * n] rows, those of a view together."""
+    numbers = np.stack([uniforms(seed, epoch, int(i), views) for i in indices], axis=1)  # [views, n, K]
+    width, height = np.tile(sizes, (views, 1)).T.astype(float)
+    return policy.draw(numbers.reshape(-1, UNIFORMS), width, height)
+
+
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The order of the n images in one epoch."""
     return _generator(seed, epoch, stream=1, counter=0).permutation(n)

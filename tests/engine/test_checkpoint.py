@@ -222,7 +222,7 @@ def stub(tmp_path, config, alone):
     """A function that saves the checkpoint of a step into tmp_path."""
 
     def save(step: int) -> Path:
-        progress = checkpoint.Progress(step=step, data="48 images", seconds=1.0, train_seconds=0.5)
+        progress = checkpoint.Progress(step, data="48 images", loader="torchvision", seconds=1.0, train_seconds=0.5)
         return checkpoint.save(tmp_path, progress, [Weights()], config, alone)
 
     return save

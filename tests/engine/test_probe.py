@@ -9,10 +9,10 @@ from PIL import Image
 from ranks import run_ranks
 
 from engine import distributed, probe
-from engine.config import AugmentConfig, KnnConfig
+from engine.config import AugmentConfig, DataConfig, KnnConfig
 from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset
-from engine.data.torch_loader import SkippedImages
+from engine.data.skipped import SkippedImages
 from engine.probe import KnnProbe, knn_accuracy
 
 
@@ -58,10 +58,10 @@ def data(n: int, seed: int) -> ArrayDataset:
 
 def accuracy_of_one_rank(bank: int | None) -> tuple[float | None, int]:
     ranks = distributed.start()
-    probe.open_dataset = lambda name, root, split: data(70 if split == "bank" else 31, 0 if split == "bank" else 1)
+    probe.open_split = lambda cfg, split: data(70 if split == "bank" else 31, 0 if split == "bank" else 1)
     policy = build_policy(AugmentConfig(), 32)
     measured = KnnProbe(
-        "x", "x", KnnConfig(k=5, bank=bank), policy, workers=0, ranks=ranks, skipped=SkippedImages(ranks)
+        DataConfig(), KnnConfig(k=5, bank=bank), policy, workers=0, ranks=ranks, skipped=SkippedImages(ranks)
     )
     calls = []
 
@@ -84,6 +84,10 @@ def test_ranks_agree_with_one(bank):
     assert 0.5 < alone < 1.0
 
 
+def folder_at(root) -> DataConfig:
+    return DataConfig(dataset="folder", root=root)
+
+
 def test_unreadable_images_stay_out_of_the_score(alone, tmp_path, caplog):
     """Three of eight queries are damaged: the score is that of the other five, each counted once."""
     rng = np.random.default_rng(0)
@@ -92,11 +96,12 @@ def test_unreadable_images_stay_out_of_the_score(alone, tmp_path, caplog):
             path = tmp_path / split / "ab"[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 60, (32, 32, 3)).astype(np.uint8) + 150 * (i % 2)).save(path)
-            if split == "val" and i in (0, 2, 4):
-                path.write_bytes(path.read_bytes()[:-300])
     policy = build_policy(AugmentConfig(), 32)
     skipped = SkippedImages(alone)
-    measured = KnnProbe("folder", tmp_path, KnnConfig(k=1), policy, workers=0, ranks=alone, skipped=skipped)
+    measured = KnnProbe(folder_at(tmp_path), KnnConfig(k=1), policy, workers=0, ranks=alone, skipped=skipped)
+    for i in (0, 2, 4):  # after the scan, which would have left them out
+        path = tmp_path / "val" / "a" / f"{i}.png"
+        path.write_bytes(path.read_bytes()[:-300])
 
     def all_queries_look_like_b(images):
         bright = (images.mean(dim=(1, 2, 3)) > 0).long()
@@ -111,5 +116,5 @@ def test_data_without_labels_has_no_accuracy(alone, image_folder, tmp_path):
     for i, path in enumerate(sorted(image_folder.glob("class0/*.png"))[:4]):
         (tmp_path / f"{i}.png").write_bytes(path.read_bytes())
     policy = build_policy(AugmentConfig(), 32)
-    measured = KnnProbe("folder", tmp_path, KnnConfig(), policy, workers=0, ranks=alone, skipped=SkippedImages(alone))
+    measured = KnnProbe(folder_at(tmp_path), KnnConfig(), policy, workers=0, ranks=alone, skipped=SkippedImages(alone))
     assert measured.accuracy(lambda images: images.flatten(1)) is None

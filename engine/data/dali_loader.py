@@ -1,0 +1,239 @@
+"""The DALI loader: images decoded and augmented by NVIDIA DALI, on the GPU where there is one.
+
+Legend
+  n  images of this rank      V  views of an image      S  side in pixels
+
+Images, their order and the parameters of their views are those of the torchvision loader: a batch is a function of seed
+and step, so that resuming is starting at another step and no state of DALI's is needed.  Threads read files and draw
+parameters ahead; DALI decodes and, on a GPU, makes the views (dali_graph.py).  On a CPU the native core makes them
+(kernels.augment_views), as DALI's own operators there are no faster than Pillow; where no core is built, DALI does.
+
+An image that DALI cannot decode invalidates its pipeline.  Then the images of the batches under way are looked at, the
+culprit is left out or converted, and a new pipeline goes on at the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.data import dali_graph
+from engine.data.augment import AugmentPolicy, ViewParams, draw_views
+from engine.data.dataset import DataError, UnreadableImage
+from engine.data.encoded import EncodedDataset
+from engine.data.order import Batch, BatchOrder
+from engine.data.skipped import SkippedImages, readable
+from engine.distributed import Ranks
+from kernels import augment_views, native
+
+log = logging.getLogger(__name__)
+
+AHEAD = 3  # batches read ahead of DALI, which itself holds two
+
+
+class _Fed(NamedTuple):
+    """What DALI gets of one step."""
+
+    step: int
+    wanted: NDArray[np.int64]  # [n]
+    read: NDArray[np.int64]  # [n] differs where an image could not be read
+    encoded: list[NDArray[np.uint8]]  # n files
+    params: ViewParams  # of V * n views, those of a view together
+
+
+class DaliLoader:
+    """Draws V views of every image in the order of a BatchOrder, through DALI."""
+
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        policy: AugmentPolicy,
+        order: BatchOrder,
+        *,
+        views: int,  # V
+        workers: int,
+        ranks: Ranks,
+        skipped: SkippedImages,
+    ) -> None:
+        self.dataset, self.policy, self.order = dataset, policy, order
+        self.views, self.workers, self.ranks, self.skipped = views, max(1, workers), ranks, skipped
+        self.gpu = ranks.device.type == "cuda"
+        self.native = not self.gpu and native.core is not None
+        self._unreadable: set[int] = set()  # went bad after the scan
+        self._converted: set[int] = set()  # Pillow decodes them, DALI does not
+
+    def fingerprint(self) -> str:
+        """What makes the views, beside the configuration."""
+        views = "DALI's on a GPU" if self.gpu else "the native core's" if self.native else "DALI's on a CPU"
+        return f"dali {dali_version()}, views {views}"
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start ... stop - 1."""
+        step = start
+        while step < stop:
+            feed = _Feed(self, step, stop)
+            try:
+                pipeline = self._pipeline(feed)
+                for outputs in _runs(pipeline, stop - step):
+                    fed = feed.under_way.popleft()
+                    self.skipped.note(self.dataset, torch.from_numpy(fed.wanted), torch.from_numpy(fed.read))
+                    yield Batch(fed.step, self._views(outputs, fed), torch.from_numpy(fed.read))
+                    step = fed.step + 1
+            except _PipelineFailed as failure:
+                self._leave_out(feed.under_way, failure)
+            finally:
+                feed.close()
+
+    def make(self, step: int, readers: ThreadPoolExecutor) -> _Fed:
+        """Reads the files of one step and draws their views."""
+        wanted = self.order.indices(step)
+        parts = readers.map(lambda part: [self._read(int(i)) for i in part], np.array_split(wanted, self.workers))
+        encoded, read = zip(*(found for part in parts for found in part), strict=True)
+        indices = np.array(read, np.int64)
+        params = draw_views(
+            self.policy, seed=self.order.seed, epoch=self.order.epoch(step), indices=wanted,
+            sizes=self.dataset.facts.sizes[indices], views=self.views,
+        )  # fmt: skip
+        return _Fed(step, wanted, indices, list(encoded), params)
+
+    def inputs(self, fed: _Fed) -> list[Any]:
+        """What the graph's external source gives for a step."""
+        if self.native:
+            return [fed.encoded]
+        used = dali_graph.used_fields(self.policy)
+        params = dali_graph.graph_params(fed.params)
+        n = len(fed.wanted)
+        return [
+            fed.encoded,
+            *(getattr(params, name)[v * n : (v + 1) * n] for v in range(self.views) for name in used),
+        ]
+
+    def _read(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        data, read = readable(self.dataset, index, self._picture)
+        return np.frombuffer(data, np.uint8), read
+
+    def _picture(self, index: int) -> bytes:
+        if index in self._unreadable:
+            raise UnreadableImage(self.dataset.describe(index), "went bad after the scan")
+        return self.dataset.picture(index, convert=index in self._converted)
+
+    def _pipeline(self, source: Any) -> Any:
+        largest = self.dataset.facts.sizes.max(axis=0)
+        return dali_graph.build_pipeline(
+            self.policy, source, views=0 if self.native else self.views, batch_size=self.order.rows,
+            threads=self.workers, device_id=self.ranks.device.index if self.gpu else None,
+            largest=(int(largest[0]), int(largest[1])),
+        )  # fmt: skip
+
+    def _views(self, outputs: Any, fed: _Fed) -> list[Tensor]:
+        """V views [n, 3, S, S] with channels_last strides, of DALI's own memory where DALI made them."""
+        if not self.native:
+            # Under its own device: the tensor's stream is then the current one, for which DALI's memory waits.
+            with self.ranks.device:
+                return [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        n = len(fed.wanted)
+        images = [np.asarray(outputs[0].at(i)) for i in range(n)]
+        mean, std = self.policy.statistics
+        views = augment_views(
+            images, source=np.tile(np.arange(n), self.views), size=self.policy.size, mean=mean, std=std,
+            **fed.params._asdict(),
+        )  # fmt: skip
+        return list(views.split(n))
+
+    def _leave_out(self, under_way: deque[_Fed], failure: _PipelineFailed) -> None:
+        """Finds what DALI failed at; raises the failure where no image is to blame."""
+        suspects = {int(index) for fed in under_way for index in fed.read} - self._converted
+        bad = {index for index in suspects if not self._pillow_reads(index)}
+        if not bad:
+            self._converted |= (converted := {index for index in suspects if not self._dali_decodes(index)})
+            for index in converted:
+                log.warning("%s: DALI cannot decode it; Pillow does from now on", self.dataset.describe(index))
+            if not converted:
+                raise failure.reason
+        self._unreadable |= bad
+
+    def _pillow_reads(self, index: int) -> bool:
+        try:
+            self.dataset.image(index)
+        except UnreadableImage:
+            return False
+        return True
+
+    def _dali_decodes(self, index: int) -> bool:
+        data = np.frombuffer(self.dataset.picture(index), np.uint8)
+        width, height = self.dataset.facts.sizes[index]
+        alone = dali_graph.build_pipeline(
+            self.policy, lambda i: [[data]], views=0, batch_size=1, threads=1,
+            device_id=self.ranks.device.index if self.gpu else None, largest=(int(width), int(height)),
+        )  # fmt: skip
+        try:
+            (image,) = alone.run()
+            return tuple(image.shape()[0]) == (height, width, 3)
+        except Exception:  # whatever its kind: the image is converted
+            return False
+
+
+def dali_version() -> str:
+    """The installed DALI's version, which stands in the metadata of one of its packages."""
+    names = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    return next(found.version for name in names for found in metadata.distributions(name=name))
+
+
+class _PipelineFailed(Exception):
+    """DALI failed in a batch; `reason` is its own error."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _runs(pipeline: Any, count: int) -> Iterator[Any]:
+    for _ in range(count):
+        try:
+            outputs = pipeline.run()
+        except (DataError, OSError):  # of our own source
+            raise
+        except Exception as error:  # DALI has many kinds for a file that it cannot decode
+            raise _PipelineFailed(error) from error
+        yield outputs
+
+
+class _Feed:
+    """The external source of one pipeline: batches from `start` on, made ahead by threads."""
+
+    def __init__(self, loader: DaliLoader, start: int, stop: int) -> None:
+        self.under_way: deque[_Fed] = deque()  # given to DALI, not yet come out
+        self._loader = loader
+        self._steps = iter(range(start, stop))
+        self._maker = ThreadPoolExecutor(1)
+        self._readers = ThreadPoolExecutor(loader.workers)
+        self._made: deque[Future[_Fed]] = deque()
+        for _ in range(AHEAD):
+            self._ahead()
+
+    def __call__(self, iteration: int) -> list[Any]:
+        if not self._made:
+            raise StopIteration
+        fed = self._made.popleft().result()
+        self._ahead()
+        self.under_way.append(fed)
+        return self._loader.inputs(fed)
+
+    def _ahead(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._made.append(self._maker.submit(self._loader.make, step, self._readers))
+
+    def close(self) -> None:
+        """Stops the threads; what they have begun is finished and forgotten."""
+        for executor in (self._maker, self._readers):
+            executor.shutdown(wait=False, cancel_futures=True)

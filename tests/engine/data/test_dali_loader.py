@@ -1,0 +1,318 @@
+"""The DALI loader: the torchvision loader's images, order and views, and what happens to files that DALI fails at."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.config import AugmentConfig
+from engine.data import dali_loader
+from engine.data.augment import build_policy
+from engine.data.dali_loader import DaliLoader
+from engine.data.dataset import DataError
+from engine.data.folder import open_folder
+from engine.data.order import BatchOrder
+from engine.data.skipped import SkippedImages
+from engine.data.torch_loader import TorchLoader
+from kernels import native
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+SIZE, COUNT = 24, 37
+MAKERS = [
+    "dali",
+    pytest.param("native", marks=pytest.mark.skipif(native.core is None, reason="the native core is not built")),
+]
+
+
+def waves(i: int) -> Image.Image:
+    """A smooth picture of its own size."""
+    rng = np.random.default_rng(i)
+    height, width = rng.integers(30, 90, 2)
+    y, x = np.mgrid[:height, :width]
+    pixels = 128 + 100 * np.sin(x[..., None] * rng.uniform(0.02, 0.2, 3) + y[..., None] * rng.uniform(0.02, 0.2, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(COUNT):
+        waves(i).save(root / f"{i:02d}.jpg", quality=90)
+    return root
+
+
+def loader(
+    kind, ranks, dataset, *, maker="native", seed=1, views=4, workers=2, batch_size=10, last_batch="drop", hue=0.2
+):
+    order = BatchOrder(dataset, batch_size=batch_size, seed=seed, ranks=ranks, last_batch=last_batch)
+    policy = build_policy(AugmentConfig(blur=0.5, hue=hue), SIZE)
+    options = {"views": views, "workers": workers, "ranks": ranks, "skipped": SkippedImages(ranks)}
+    made = kind(dataset, policy, order, **options)
+    if kind is DaliLoader:
+        made.native = maker == "native"
+    return made
+
+
+def stream(alone, dataset, start=0, stop=5, **options) -> list[torch.Tensor]:
+    return [torch.stack(batch.views) for batch in loader(DaliLoader, alone, dataset, **options).batches(start, stop)]
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "fill"])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_images_order_and_views_are_the_torchvision_loaders(alone, folder, maker, last_batch):
+    dataset = open_folder(folder).train
+    # Hue apart: these pictures have nothing but strong colours (test_dali_graph.py says what it costs on photos).
+    options = {"maker": maker, "last_batch": last_batch, "hue": 0.2 if maker == "native" else 0.0}
+    ours, theirs = (list(loader(kind, alone, dataset, **options).batches(0, 9)) for kind in (DaliLoader, TorchLoader))
+    assert [batch.step for batch in ours] == list(range(9))
+    differences = []
+    for own, other in zip(ours, theirs, strict=True):
+        assert torch.equal(own.indices, other.indices)
+        for view, wanted in zip(own.views, other.views, strict=True):
+            assert view.shape == (10, 3, SIZE, SIZE) and view.dtype == torch.float32
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            differences.append((view - wanted).abs().mean().item() * 0.225 * 255)
+    assert np.mean(differences) < (0.7 if maker == "native" else 2.5), "levels of 255"
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_starting_later_gives_the_rest_of_the_same_stream(alone, folder, maker):
+    dataset = open_folder(folder).train
+    assert equal(stream(alone, dataset, 0, 7, maker=maker)[4:], stream(alone, dataset, 4, 7, maker=maker))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_workers_change_nothing(alone, folder, workers):
+    dataset = open_folder(folder).train
+    for maker in ("dali", "native") if native.core else ("dali",):
+        assert equal(stream(alone, dataset, maker=maker), stream(alone, dataset, maker=maker, workers=workers))
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_share_the_batch_of_one(alone, folder, world):
+    dataset = open_folder(folder).train
+    parts = [stream(dataclasses.replace(alone, rank=rank, world=world), dataset) for rank in range(world)]
+    for step, whole in enumerate(stream(alone, dataset)):
+        torch.testing.assert_close(torch.cat([part[step] for part in parts], dim=1), whole, rtol=0, atol=0)
+
+
+def test_seeds_and_views_differ(alone, folder):
+    dataset = open_folder(folder).train
+    views = stream(alone, dataset, stop=1)[0]
+    assert all((views[i] != views[j]).any() for i in range(4) for j in range(i))
+    assert (views != stream(alone, dataset, stop=1, seed=2)[0]).any()
+
+
+def test_the_global_generators_are_left_alone(alone, folder):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    stream(alone, open_folder(folder).train, stop=2)
+    assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])
+
+
+def test_views_outlive_the_loader_and_later_batches(alone, folder):
+    """They lie in DALI's own memory, which it must not use again while they are held."""
+    dataset = open_folder(folder).train
+    held = [batch.views[0] for batch in loader(DaliLoader, alone, dataset, maker="dali").batches(0, 9)]
+    again = [batch.views[0].clone() for batch in loader(DaliLoader, alone, dataset, maker="dali").batches(0, 9)]
+    assert equal(held, again)
+    assert len({view.data_ptr() for view in held}) == len(held)
+
+
+# -- formats that decoders read in ways of their own -----------------------------------------------------------------
+
+
+def odd_formats(root) -> dict[str, Image.Image]:
+    """Every kind of file that is no plain JPEG or PNG, and plain ones under a wrong name."""
+    picture = waves(100)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    alpha = picture.convert("RGBA")
+    alpha.putalpha(100)
+    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 256 + 17
+    saved = {
+        "cmyk.jpg": (picture.convert("CMYK"), {"format": "JPEG"}),
+        "progressive.jpg": (picture, {"format": "JPEG", "progressive": True}),
+        "grey.jpg": (picture.convert("L"), {"format": "JPEG"}),
+        "turned.jpg": (picture, {"format": "JPEG", "exif": exif}),
+        "really_png.jpg": (picture, {"format": "PNG"}),
+        "alpha.png": (alpha, {}),
+        "palette.png": (picture.quantize(16), {}),
+        "deep.png": (Image.fromarray(deep), {}),
+        "lossy.webp": (picture, {}),
+        "frames.gif": (picture, {}),
+        "plain.bmp": (picture, {}),
+        "plain.tif": (picture, {}),
+    }
+    for name, (image, options) in saved.items():
+        image.save(root / name, **options)
+    return saved
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_every_format_gives_pillows_picture(alone, tmp_path, maker):
+    names = odd_formats(tmp_path)
+    dataset = open_folder(tmp_path).train
+    n = len(names)
+    assert len(dataset) == n
+    policy = build_policy(
+        AugmentConfig(jitter=0.0, grayscale=0.0, flip=0.0, crop_scale=(1.0, 1.0), crop_ratio=(0.3, 3.0)), 64
+    )
+    views = []
+    for kind in (DaliLoader, TorchLoader):
+        order = BatchOrder(dataset, batch_size=n, seed=1, ranks=alone)
+        made = kind(dataset, policy, order, views=2, workers=1, ranks=alone, skipped=SkippedImages(alone))
+        made.native = maker == "native"
+        (batch,) = made.batches(0, 1)
+        assert len(made.skipped) == 0
+        views.append(batch)
+    for place, index in enumerate(views[0].indices.tolist()):
+        for own, other in zip(views[0].views, views[1].views, strict=True):
+            difference = (own[place] - other[place]).abs() * 0.225 * 255
+            assert difference.mean() < 0.6 and difference.max() < 6, dataset.describe(index)
+
+
+# -- files that go bad after the scan --------------------------------------------------------------------------------
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def overwrite(path) -> None:
+    """As long as before, and no image."""
+    path.write_bytes(b"\x00" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [cut, overwrite, lambda path: path.unlink()])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_file_that_goes_bad_is_left_out_as_by_the_torchvision_loader(alone, folder, maker, damage, caplog):
+    dataset = open_folder(folder).train
+    before = list(loader(DaliLoader, alone, dataset, maker=maker).batches(0, 6))
+    for i in (7, 8):
+        damage(folder / f"{i:02d}.jpg")
+    made = [loader(kind, alone, dataset, maker=maker) for kind in (DaliLoader, TorchLoader)]
+    with caplog.at_level(logging.WARNING):
+        ours, theirs = (list(one.batches(0, 6)) for one in made)
+        for one in made[:1]:
+            one.skipped.share()
+    assert [batch.step for batch in ours] == list(range(6))
+    changed = 0
+    for own, other, was in zip(ours, theirs, before, strict=True):
+        assert torch.equal(own.indices, other.indices)
+        same = own.indices == was.indices
+        changed += int((~same).sum())
+        for view, earlier in zip(own.views, was.views, strict=True):
+            assert torch.equal(view[same], earlier[same]), "the others keep their views"
+    assert 2 <= changed <= 4 and not {7, 8} & {int(i) for batch in ours for i in batch.indices}
+    assert len(made[0].skipped) == 2
+    for name in ("07.jpg", "08.jpg"):
+        assert sum(f"skipped {folder / name}" in message for message in caplog.messages) == 1
+
+
+def test_a_file_that_goes_bad_during_the_run_does_not_end_it(alone, folder):
+    dataset = open_folder(folder).train
+    running = loader(DaliLoader, alone, dataset)
+    steps = []
+    for batch in running.batches(0, 12):
+        steps.append(batch.step)
+        if batch.step == 2:
+            for i in range(10):
+                overwrite(folder / f"{i:02d}.jpg")
+    assert steps == list(range(12))
+    running.skipped.share()
+    # What was read ahead is whole, and an epoch of three batches leaves out some of the 37.
+    assert 6 <= len(running.skipped) <= 10
+    assert int(batch.indices.min()) >= 10
+
+
+def test_what_pillow_reads_and_dali_does_not_is_converted(alone, folder, caplog):
+    """A GIF that the scan would have called direct stands for a JPEG that DALI's decoders refuse."""
+    waves(99).save(folder / "99.gif")
+    dataset = open_folder(folder).train
+    before = list(loader(DaliLoader, alone, dataset).batches(0, 4))
+    dataset.facts.direct[:] = True
+    running = loader(DaliLoader, alone, dataset)
+    with caplog.at_level(logging.WARNING):
+        after = list(running.batches(0, 4))
+    assert len(running.skipped) == 0
+    for one, other in zip(after, before, strict=True):
+        assert torch.equal(one.indices, other.indices)
+        assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+    assert sum("99.gif: DALI cannot decode it" in message for message in caplog.messages) == 1
+
+
+def test_an_error_that_no_image_is_to_blame_for_is_raised(alone, folder, monkeypatch):
+    class OutOfMemory(RuntimeError):
+        pass
+
+    class Broken:
+        def __init__(self, source):
+            self.source = source
+
+        def run(self):
+            self.source(0)
+            raise OutOfMemory("no memory left")
+
+    running = loader(DaliLoader, alone, open_folder(folder).train)
+    monkeypatch.setattr(running, "_pipeline", Broken)
+    with pytest.raises(OutOfMemory, match="no memory left"):
+        next(running.batches(0, 2))
+
+
+def test_data_that_cannot_be_read_at_all_is_an_error(alone, folder):
+    dataset = open_folder(folder).train
+    for path in folder.glob("*.jpg"):
+        cut(path)
+    with pytest.raises(DataError, match=r"^folder: none of its 37 images can be read, as .*jpg$"):
+        next(loader(DaliLoader, alone, dataset).batches(0, 1))
+
+
+def test_threads_end_with_the_stream(alone, folder):
+    import threading
+
+    dataset = open_folder(folder).train
+    before = threading.active_count()
+    batches = loader(DaliLoader, alone, dataset).batches(0, 100)
+    next(batches)
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(timeout=10)
+    assert threading.active_count() <= before
+
+
+def test_the_fingerprint_tells_versions_and_makers_apart(alone, folder, monkeypatch):
+    made = loader(DaliLoader, alone, open_folder(folder).train)
+    prints = {made.fingerprint()}
+    made.native = not made.native
+    prints.add(made.fingerprint())
+    monkeypatch.setattr(dali_loader, "dali_version", lambda: "0.1")
+    prints.add(made.fingerprint())
+    assert len(prints) == 3
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_cpus_images_in_half_precision(alone, folder):
+    dataset = open_folder(folder).train
+    gpu = dataclasses.replace(alone, device=torch.device("cuda", 0))
+    on_gpu = loader(DaliLoader, gpu, dataset, maker="dali")
+    for own, other in zip(
+        on_gpu.batches(0, 6), loader(DaliLoader, alone, dataset, maker="dali").batches(0, 6), strict=True
+    ):
+        assert torch.equal(own.indices, other.indices)
+        for view, wanted in zip(own.views, other.views, strict=True):
+            assert view.dtype == torch.float16 and view.is_cuda
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            assert (view.cpu().float() - wanted).abs().mean() * 0.225 * 255 < 1.5

@@ -1,0 +1,121 @@
+"""Whole small runs with the DALI loader: the training of torchvision's, resumed to the bit, on several ranks."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from engine import distributed
+from engine.checkpoint import CheckpointError
+from engine.config import ConfigError, parse_config
+from engine.data import dali_graph, dali_loader
+from engine.trainer import Trainer
+from kernels import native
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+needs_core = pytest.mark.skipif(native.core is None, reason="the native core is not built")
+
+
+def fit(plain: dict[str, Any]) -> dict[str, Any]:
+    ranks = distributed.start()
+    try:
+        return Trainer(parse_config(plain), ranks).fit()
+    finally:
+        distributed.stop()
+
+
+def rows(plain: dict[str, Any]) -> list[dict[str, Any]]:
+    found = map(json.loads, Path(plain["run"]["output_dir"], "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if "loss/a" in row]
+
+
+def losses(plain: dict[str, Any]) -> list[list[float]]:
+    return [[row["loss/a"], row["loss/b"]] for row in rows(plain)]
+
+
+@pytest.fixture
+def dali(settings) -> dict[str, Any]:
+    settings["data"].update(loader="dali", workers=1)
+    return settings
+
+
+@needs_core
+@pytest.mark.slow
+def test_it_trains_as_with_the_torchvision_loader(dali, tmp_path):
+    histories = []
+    for name in ("dali", "torchvision"):
+        dali["data"]["loader"] = name
+        dali["run"]["output_dir"] = str(tmp_path / name)
+        run_ranks(fit, 1, dali)
+        histories.append(losses(dali))
+    # Views differ by less than a level of 255; four steps of small networks carry that on.
+    np.testing.assert_allclose(*histories, rtol=2e-2)
+    np.testing.assert_allclose(histories[0][0], histories[1][0], rtol=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last_batch", ["drop", "fill"])
+def test_a_run_cut_in_an_epoch_resumes_to_the_bit(dali, tmp_path, last_batch):
+    dali["run"].update(steps=8, save_every_steps=2, keep_checkpoints=4)
+    # 48 images, 20 a batch: epochs of 2 or 3 steps, so that step 4 stands inside one of the two.
+    dali["data"].update(batch_size=20, last_batch=last_batch)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    outcomes = []
+    for _ in range(2):
+        run_ranks(fit, 1, dali)
+        outcomes.append(
+            (losses(dali), [load_file(checkpoints / "step_00000008" / f"peer_{p}.safetensors") for p in "ab"])
+        )
+        for step in (6, 8):
+            shutil.rmtree(checkpoints / f"step_{step:08d}")
+    assert outcomes[0][0] == outcomes[1][0]
+    for straight, resumed in zip(outcomes[0][1], outcomes[1][1], strict=True):
+        assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    epochs = [row["epoch"] for row in rows(dali)]
+    assert epochs[-1] == pytest.approx(8 / (2 if last_batch == "drop" else 3))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(dali, tmp_path):
+    histories = []
+    for world in (1, 2):
+        dali["run"]["output_dir"] = str(tmp_path / f"world{world}")
+        run_ranks(fit, world, dali)
+        histories.append(losses(dali))
+    np.testing.assert_allclose(histories[1], histories[0], rtol=2e-3)
+    np.testing.assert_allclose(histories[1][0], histories[0][0], rtol=1e-5)
+
+
+def resumed_with_other_views(plain: dict[str, Any]) -> str:
+    dali_loader.dali_version = lambda: "0.1"
+    ranks = distributed.start()
+    try:
+        Trainer(parse_config({**plain, "run": {**plain["run"], "steps": 6}}), ranks)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        distributed.stop()
+    return ""
+
+
+@pytest.mark.slow
+def test_a_run_is_not_resumed_with_views_of_another_making(dali, tmp_path):
+    dali["run"]["steps"] = 2
+    run_ranks(fit, 1, dali)
+    (error,) = run_ranks(resumed_with_other_views, 1, dali)
+    assert f"its views are of another loader (dali {dali_loader.dali_version()}, " in error
+    assert "there is dali 0.1, " in error
+
+
+def test_a_missing_dali_is_found_out_before_anything_else(dali, alone, monkeypatch):
+    monkeypatch.setattr(dali_graph.importlib.util, "find_spec", lambda name: None)
+    dali["data"]["root"] = "/nowhere"
+    with pytest.raises(ConfigError, match="dali is not installed"):
+        Trainer(parse_config(dali), alone)
