@@ -8,6 +8,8 @@ import sys
 # Each module has `main(argv) -> exit status`, and is imported only when asked for.
 SUBJECTS = {
     "loss": "time and peak memory of the losses against plain PyTorch and other libraries",
+    "data": "source images a second of the loaders, on real photos",
+    "parity": "the kNN that short runs reach with either loader",
     "optimizer": "one LARS step over a network's tensors against other ways to write it, and fused SGD and AdamW",
     "readme": "the tables of the README from the measured rows",
     "budgets": "registers, spills, shared memory and instructions of the kernels, without a GPU",

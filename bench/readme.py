@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import optimizer
+from bench import data_stream, optimizer
 from bench.providers import BACKWARD
 from bench.rows import RESULTS, ROOT, Row, read_rows
 
@@ -85,7 +85,27 @@ def optimizer_cpu() -> str:
     return markdown(header, lines) + _source(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"loss_cpu": loss_cpu, "optimizer_cpu": optimizer_cpu}
+def data_cpu() -> str:
+    """Source images a second of the loaders, and their memory."""
+    rows = newest_run(RESULTS / "cpu" / "data.jsonl")
+    lines = []
+    for stage in data_stream.STAGES:
+        rates = [_p50(rows, name, "images_per_s", stage=stage) for name in data_stream.PROVIDERS]
+        ours, _, theirs = rates
+        held = [_p50(rows, name, "bytes", stage=stage) for name in (data_stream.DALI, data_stream.TORCHVISION)]
+        lines.append([
+            stage, *("-" if rate is None else f"{_digits(rate)}" for rate in rates),
+            f"{ours / theirs:.1f}x" if ours and theirs else "-",
+            *("-" if size is None else f"{_digits(size / 2**20)} MiB" for size in held),
+        ])  # fmt: skip
+    header = [
+        "source images/s", "`dali`", "DALI's operators alone", "`torchvision`", "faster", "memory, `dali`",
+        "`torchvision`",
+    ]  # fmt: skip
+    return markdown(header, lines) + _source(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"data_cpu": data_cpu, "loss_cpu": loss_cpu, "optimizer_cpu": optimizer_cpu}
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
