@@ -152,7 +152,8 @@ def outputs_of(
     from nvidia.dali import fn
 
     fields = used_fields(policy)
-    encoded, *params = fn.external_source(source=source, num_outputs=1 + len(fields) * views, batch=True, no_copy=True)
+    # Copied: on a GPU nothing tells when the decoder has read the bytes, and its own buffers are pinned.
+    encoded, *params = fn.external_source(source=source, num_outputs=1 + len(fields) * views, batch=True, no_copy=False)
     images = decoded(encoded, device_id=device_id, largest=largest)
     if not views:
         return [images]

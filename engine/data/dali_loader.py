@@ -46,8 +46,8 @@ class _Fed(NamedTuple):
     step: int
     wanted: NDArray[np.int64]  # [n]
     read: NDArray[np.int64]  # [n] differs where an image could not be read
-    encoded: list[NDArray[np.uint8]]  # n files
     params: ViewParams  # of V * n views, those of a view together
+    inputs: list[Any]  # of the graph
 
 
 class DaliLoader:
@@ -103,19 +103,15 @@ class DaliLoader:
             self.policy, seed=self.order.seed, epoch=self.order.epoch(step), indices=wanted,
             sizes=self.dataset.facts.sizes[indices], views=self.views,
         )  # fmt: skip
-        return _Fed(step, wanted, indices, list(encoded), params)
+        return _Fed(step, wanted, indices, params, [list(encoded), *self._graph_inputs(params)])
 
-    def inputs(self, fed: _Fed) -> list[Any]:
-        """What the graph's external source gives for a step."""
+    def _graph_inputs(self, params: ViewParams) -> list[Any]:
+        """The parameters of all views as the graph takes them: none where the native core makes the views."""
         if self.native:
-            return [fed.encoded]
+            return []
+        n, graph = self.order.rows, dali_graph.graph_params(params)
         used = dali_graph.used_fields(self.policy)
-        params = dali_graph.graph_params(fed.params)
-        n = len(fed.wanted)
-        return [
-            fed.encoded,
-            *(getattr(params, name)[v * n : (v + 1) * n] for v in range(self.views) for name in used),
-        ]
+        return [getattr(graph, name)[v * n : (v + 1) * n] for v in range(self.views) for name in used]
 
     def _read(self, index: int) -> tuple[NDArray[np.uint8], int]:
         data, read = readable(self.dataset, index, self._picture)
@@ -226,7 +222,7 @@ class _Feed:
         fed = self._made.popleft().result()
         self._ahead()
         self.under_way.append(fed)
-        return self._loader.inputs(fed)
+        return fed.inputs
 
     def _ahead(self) -> None:
         step = next(self._steps, None)
