@@ -82,10 +82,13 @@ void transpose(const uint8_t* plane, int64_t P, uint8_t* transposed) {
 
 constexpr int64_t kBlock = kPixelAlign / kLanes;  // vectors side by side: enough to hide what each waits for
 
+// Of thousands of weights, each rounded, white may come out a level too high.
+inline Ints rounded(Ints sum) { return smaller(sum >> kWeightBits, Ints{} + 255); }
+
 inline uint8_t weighed(const uint8_t* rows, int64_t pitch, const int32_t* weights, int64_t count) {
   int32_t sum = 1 << (kWeightBits - 1);
   for (int64_t k = 0; k < count; ++k) sum += weights[k] * rows[k * pitch];
-  return static_cast<uint8_t>(sum >> kWeightBits);
+  return static_cast<uint8_t>(sum >> kWeightBits < 255 ? sum >> kWeightBits : 255);
 }
 
 void weigh(const uint8_t* rows, int64_t pitch, const int32_t* weights, int64_t count, int64_t n, uint8_t* out) {
@@ -97,7 +100,7 @@ void weigh(const uint8_t* rows, int64_t pitch, const int32_t* weights, int64_t c
       const uint8_t* row = rows + k * pitch + i;
       for (int64_t b = 0; b < kBlock; ++b) sums[b] += load(row + b * kLanes) * weights[k];
     }
-    for (int64_t b = 0; b < kBlock; ++b) store(sums[b] >> kWeightBits, out + i + b * kLanes);
+    for (int64_t b = 0; b < kBlock; ++b) store(rounded(sums[b]), out + i + b * kLanes);
   }
   for (; i < n; ++i) out[i] = weighed(rows + i, pitch, weights, count);
 }

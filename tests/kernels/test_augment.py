@@ -105,6 +105,8 @@ def test_resizes_of_ragged_images(size):
 def test_resizes_of_large_images():
     images = [noise(3000, 2000), noise(40, 3000), noise(3000, 40)]
     check(images, range(3), plain([(0, 0, 2000, 3000), (0, 0, 3000, 40), (0, 0, 40, 3000)]), 224)
+    white = [np.full((sides[0], sides[1], 3), 255, np.uint8) for sides in ((40_000, 1), (1, 40_000))]
+    check(white, range(2), plain([(0, 0, 1, 40_000), (0, 0, 40_000, 1)]), 1)
 
 
 @exact
