@@ -139,6 +139,7 @@ setup(
     extras_require={
         # What the losses are compared with; each is left out of the benchmark where it is not installed.
         "bench": ["lightly", "memeff", "inf-cl"],
+        # The DALI loader, for the CUDA release of torch's own wheel; on a CPU either does.
         "dali-cuda13": ["nvidia-dali-cuda130>=2.2"],
         "dali-cuda12": ["nvidia-dali-cuda120>=2.2"],
         "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"],

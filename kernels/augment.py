@@ -58,7 +58,7 @@ def augment_views(
     solarize    [m] whether values from 128 on are inverted
     size        S
     mean, std   of the channels, of values in [0, 1]
-    out         where the views go: what an earlier call returned, for one, as new memory takes a seventh longer
+    out         where the views go, as returned; new memory costs a seventh on one thread, and more on several
     """
     if native.core is None:
         raise RuntimeError(f"augment_views: {native.missing}")

@@ -15,6 +15,7 @@ culprit is left out or converted, and a new pipeline goes on at the same step.
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,6 +69,7 @@ class DaliLoader:
         self.views, self.workers, self.ranks, self.skipped = views, max(1, workers), ranks, skipped
         self.gpu = ranks.device.type == "cuda"
         self.native = not self.gpu and native.core is not None
+        self._memory = _Memory((views * order.rows, policy.size, policy.size, 3))
         self._unreadable: set[int] = set()  # went bad after the scan
         self._converted: set[int] = set()  # Pillow decodes them, DALI does not
 
@@ -141,7 +143,7 @@ class DaliLoader:
         mean, std = self.policy.statistics
         views = augment_views(
             images, source=np.tile(np.arange(n), self.views), size=self.policy.size, mean=mean, std=std,
-            **fed.params._asdict(),
+            out=self._memory.take(), **fed.params._asdict(),
         )  # fmt: skip
         return list(views.split(n))
 
@@ -182,6 +184,26 @@ def dali_version() -> str:
     """The installed DALI's version, which stands in the metadata of one of its packages."""
     names = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
     return next(found.version for name in names for found in metadata.distributions(name=name))
+
+
+class _Memory:
+    """Arrays of one shape, each used again once no tensor of its memory is left: new pages cost as much as views."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape  # [V * n, S, S, 3]
+        self._arrays: list[NDArray[np.float32]] = []
+
+    def take(self) -> Tensor:
+        """[V * n, 3, S, S] with channels_last strides and any content."""
+        # A tensor's memory holds a reference to its array for as long as any tensor shares it.
+        free = (i for i in range(len(self._arrays)) if sys.getrefcount(self._arrays[i]) <= _UNUSED)
+        if (i := next(free, None)) is None:
+            i = len(self._arrays)
+            self._arrays.append(np.empty(self._shape, np.float32))
+        return torch.from_numpy(self._arrays[i]).permute(0, 3, 1, 2)
+
+
+_UNUSED = 2  # references to an array: the list's, and the one that counts them
 
 
 class _PipelineFailed(Exception):

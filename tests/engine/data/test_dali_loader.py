@@ -121,13 +121,29 @@ def test_the_global_generators_are_left_alone(alone, folder):
     np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])
 
 
-def test_views_outlive_the_loader_and_later_batches(alone, folder):
-    """They lie in DALI's own memory, which it must not use again while they are held."""
+@pytest.mark.parametrize("held_as", [lambda view: view, lambda view: view[3:, 1], lambda view: view.numpy()])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_views_outlive_the_loader_and_later_batches(alone, folder, maker, held_as):
+    """They lie in memory that is used again, but not while anything of it is held."""
     dataset = open_folder(folder).train
-    held = [batch.views[0] for batch in loader(DaliLoader, alone, dataset, maker="dali").batches(0, 9)]
-    again = [batch.views[0].clone() for batch in loader(DaliLoader, alone, dataset, maker="dali").batches(0, 9)]
-    assert equal(held, again)
-    assert len({view.data_ptr() for view in held}) == len(held)
+    held = [held_as(batch.views[0]) for batch in loader(DaliLoader, alone, dataset, maker=maker).batches(0, 9)]
+    again = [held_as(batch.views[0].clone()) for batch in loader(DaliLoader, alone, dataset, maker=maker).batches(0, 9)]
+    assert equal(*([torch.as_tensor(part) for part in parts] for parts in (held, again)))
+    assert len({torch.as_tensor(part).data_ptr() for part in held}) == len(held)
+
+
+def test_memory_is_used_again_when_nothing_holds_it():
+    memory = dali_loader._Memory((4, 2, 2, 3))
+    first, second = memory.take(), memory.take()
+    places = first.data_ptr(), second.data_ptr()
+    assert places[0] != places[1]
+    part = second[1:, 0]
+    del first, second
+    third, fourth = memory.take(), memory.take()
+    assert third.data_ptr() == places[0] and fourth.data_ptr() not in places
+    del part
+    assert memory.take().data_ptr() == places[1]
+    assert third.shape == (4, 3, 2, 2) and third.is_contiguous(memory_format=torch.channels_last)
 
 
 # -- formats that decoders read in ways of their own -----------------------------------------------------------------
