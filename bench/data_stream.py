@@ -43,11 +43,11 @@ SAMPLE_S = 0.5  # between two looks at the memory
 
 
 class DaliDecodes(DaliLoader):
-    """The DALI loader without views."""
+    """The DALI loader without views, as where the native core makes them of what DALI decodes."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.native = True  # as where the native core makes the views of what DALI decodes
+        self.native = True
 
     def _views(self, outputs: Any, fed: Any) -> list[Tensor]:
         return []
@@ -94,13 +94,12 @@ def build_loader(provider: str, stage: str, options: argparse.Namespace, device:
     policy = _crop_alone(policy) if stage == CROP else policy
     if provider == TORCHVISION and stage == DECODE:
         return TorchDecodes(dataset, order, options.workers)
-    kind = TorchLoader if provider == TORCHVISION else DaliDecodes if stage == DECODE else DaliLoader
-    loader: Any = kind(
-        dataset, policy, order, views=options.views, workers=options.workers, ranks=ranks, skipped=SkippedImages(ranks)
-    )
-    if provider == DALI_GRAPH:
-        loader.native = False
-    return loader
+    kind: Any = TorchLoader if provider == TORCHVISION else DaliDecodes if stage == DECODE else DaliLoader
+    more = {"graph_alone": True} if provider == DALI_GRAPH else {}
+    return kind(
+        dataset, policy, order, views=options.views, workers=options.workers, ranks=ranks,
+        skipped=SkippedImages(ranks), **more,
+    )  # fmt: skip
 
 
 def _crop_alone(policy: AugmentPolicy) -> AugmentPolicy:

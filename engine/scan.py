@@ -26,7 +26,7 @@ import numpy as np
 
 from engine.data.catalog import OWN, open_own
 from engine.data.dataset import DataError, UnreadableImage
-from engine.data.encoded import EncodedDataset, describe_form
+from engine.data.encoded import SPOILED, EncodedDataset, describe_form
 from engine.data.manifest import manifest_path
 
 EXAMPLES = 3  # names a reason
@@ -43,6 +43,7 @@ def scan_report(dataset: str, root: Path, *, manifest: Path | None = None, shard
     rejected = [each for part in parts for each in part.rejected]
     yield f"{usable:,} images are usable, {len(rejected):,} are not"
     yield from _by_reason(rejected, root)
+    yield from _spoiled(parts, root)
     for part in parts:
         classes = "no labels" if part.num_classes is None else f"{part.num_classes:,} classes"
         yield f"{part.name}: {len(part):,} images, {classes}"
@@ -67,9 +68,22 @@ def _by_reason(rejected: Sequence[tuple[str, str]], root: Path) -> Iterator[str]
         yield f"    {len(found):,} x {reason}: {', '.join(found[:EXAMPLES])}{more}"
 
 
+def _spoiled(parts: Sequence[EncodedDataset], root: Path) -> Iterator[str]:
+    """Images that went bad since they were first scanned; their places in the order stay, for runs to be resumed."""
+    names = [part.describe(int(i)) for part in parts for i in np.flatnonzero(part.facts.stamps == SPOILED)]
+    if names:
+        more = ", ..." if len(names) > EXAMPLES else ""
+        shown = ", ".join(os.path.relpath(name, root) for name in names[:EXAMPLES])
+        yield f"{len(names):,} of the usable went bad since the first scan, and others take their places: {shown}{more}"
+
+
 def _to_convert(parts: Sequence[EncodedDataset]) -> Iterator[str]:
     """The images that other decoders than Pillow get converted, by their form."""
-    places = [(part, int(index)) for part in parts for index in np.flatnonzero(~part.facts.direct)]
+    places = [
+        (part, int(index))
+        for part in parts
+        for index in np.flatnonzero(~part.facts.direct & (part.facts.stamps != SPOILED))
+    ]
     if not places:
         yield "all are plain JPEG or PNG, which every loader decodes itself"
         return

@@ -15,10 +15,19 @@ from engine.data.augment import build_policy
 from engine.data.catalog import NATIVE_SIZE, open_split
 from engine.data.dali_graph import require_dali
 from engine.data.dali_loader import DaliLoader
+from engine.data.dataset import DataError
 from engine.data.order import Batch, BatchOrder
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import TorchLoader
-from engine.distributed import Ranks, barrier, cores_per_rank, everyone_does, first_rank_does, seed_everything
+from engine.distributed import (
+    Ranks,
+    barrier,
+    cores_per_rank,
+    everyone_does,
+    first_rank_does,
+    gather_objects,
+    seed_everything,
+)
 from engine.engines import build_engines
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
 from engine.objectives import PeerLoss, Views, peer_losses
@@ -56,6 +65,7 @@ class Trainer:
         self.size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
         self.engines = everyone_does(ranks, lambda: build_engines(cfg, ranks, self.size))
         everyone_does(ranks, self._open_data)
+        everyone_does(ranks, self._check_same_data)
         self.meters = Meters()
 
     def _open_data(self) -> None:
@@ -84,6 +94,16 @@ class Trainer:
             checkpoint.check_fits(
                 *self.resume_point, steps=self.steps, data=self.data, loader=self.loader.fingerprint()
             )
+
+    def _check_same_data(self) -> None:
+        """Raises DataError on every rank: one has other images, or other views of them, than the first."""
+        found = gather_objects(self.ranks, (self.data, self.loader.fingerprint()))
+        for rank, own in enumerate(found):
+            if own != found[0]:
+                raise DataError(
+                    f"data.root: rank {rank} has other data than rank 0: {' by '.join(own)}, and rank 0 has "
+                    f"{' by '.join(found[0])}; give all ranks the same files and the same software"
+                )
 
     # -- the run ---------------------------------------------------------------------------------------------------
 

@@ -127,7 +127,8 @@ def build_pipeline(
     batch_size: int,  # n
     threads: int,
     device_id: int | None,  # None: on the CPU
-    largest: tuple[int, int],  # the most pixels that an image is wide and high
+    sizes: NDArray[np.integer],  # [N, 2] width and height of the images there are
+    ahead: int = 2,  # batches that it begins before they are asked for
 ) -> Any:
     """A built DALI pipeline whose outputs are V times [n, S, S, 3], normalised: float16 on a GPU, float32 on a CPU.
 
@@ -136,17 +137,17 @@ def build_pipeline(
     from nvidia.dali import Pipeline
 
     pipeline = Pipeline(
-        batch_size=batch_size, num_threads=threads, device_id=device_id, exec_dynamic=True, prefetch_queue_depth=2
+        batch_size=batch_size, num_threads=threads, device_id=device_id, exec_dynamic=True, prefetch_queue_depth=ahead
     )
     with pipeline:
-        pipeline.set_outputs(*outputs_of(policy, source, views=views, device_id=device_id, largest=largest))
+        pipeline.set_outputs(*outputs_of(policy, source, views=views, device_id=device_id, sizes=sizes))
     pipeline.build()
     return pipeline
 
 
 def outputs_of(
     policy: AugmentPolicy, source: Callable[[int], list[Any]], *, views: int, device_id: int | None,
-    largest: tuple[int, int],
+    sizes: NDArray[np.integer],
 ) -> list[Any]:  # fmt: skip
     """The graph's output nodes, as of `build_pipeline`."""
     from nvidia.dali import fn
@@ -154,7 +155,7 @@ def outputs_of(
     fields = used_fields(policy)
     # Copied: on a GPU nothing tells when the decoder has read the bytes, and its own buffers are pinned.
     encoded, *params = fn.external_source(source=source, num_outputs=1 + len(fields) * views, batch=True, no_copy=False)
-    images = decoded(encoded, device_id=device_id, largest=largest)
+    images = decoded(encoded, device_id=device_id, sizes=sizes)
     if not views:
         return [images]
     per_view = [params[len(fields) * v : len(fields) * (v + 1)] for v in range(views)]
@@ -163,15 +164,19 @@ def outputs_of(
     ]
 
 
-def decoded(encoded: Any, *, device_id: int | None, largest: tuple[int, int]) -> Any:
+def decoded(encoded: Any, *, device_id: int | None, sizes: NDArray[np.integer]) -> Any:
     """RGB images [H, W, 3], as Pillow decodes them on a CPU: fancy upsampling, EXIF orientation not applied."""
     from nvidia.dali import fn, types
 
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
     if device_id is not None:
-        width, height = (min(side, most) for side, most in zip(largest, LARGEST_HINT, strict=True))
-        # The hardware decoder's share as in MLPerf's ResNet-50; hints, so that no buffer grows during the run.
-        options.update(hw_decoder_load=0.9, preallocate_width_hint=width, preallocate_height_hint=height)
+        width, height = (min(int(side), most) for side, most in zip(sizes.max(axis=0), LARGEST_HINT, strict=True))
+        # The hardware decoder's share as in MLPerf's ResNet-50; hints, so that few buffers grow during the run: the
+        # largest image for the decoder's own, the mean one for a batch of pictures.
+        options.update(
+            hw_decoder_load=0.9, preallocate_width_hint=width, preallocate_height_hint=height,
+            bytes_per_sample_hint=int(3 * sizes.astype(np.int64).prod(axis=1).mean()),
+        )  # fmt: skip
     return fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", **options)
 
 

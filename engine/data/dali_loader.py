@@ -8,8 +8,9 @@ and step, so that resuming is starting at another step and no state of DALI's is
 parameters ahead; DALI decodes and, on a GPU, makes the views (dali_graph.py).  On a CPU the native core makes them
 (kernels.augment_views), as DALI's own operators there are no faster than Pillow; where no core is built, DALI does.
 
-An image that DALI cannot decode invalidates its pipeline.  Then the images of the batches under way are looked at, the
-culprit is left out or converted, and a new pipeline goes on at the same step.
+DALI is given nothing that Pillow has not decoded in full (encoded.py), as a batch with a broken header in it may crash
+the process.  An image that it refuses all the same invalidates its pipeline.  Then the images of the batches under way
+are looked at, the culprit is converted, and a new pipeline goes on at the same step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,13 +64,14 @@ class DaliLoader:
         workers: int,
         ranks: Ranks,
         skipped: SkippedImages,
+        graph_alone: bool = False,  # DALI makes the views on a CPU too
     ) -> None:
         self.dataset, self.policy, self.order = dataset, policy, order
         self.views, self.workers, self.ranks, self.skipped = views, max(1, workers), ranks, skipped
         self.gpu = ranks.device.type == "cuda"
-        self.native = not self.gpu and native.core is not None
+        self.native = not self.gpu and native.core is not None and not graph_alone
         self._memory = _Memory((views * order.rows, policy.size, policy.size, 3))
-        self._unreadable: set[int] = set()  # went bad after the scan
+        self._unreadable: set[int] = set()  # went bad behind a file system's back
         self._converted: set[int] = set()  # Pillow decodes them, DALI does not
 
     def fingerprint(self) -> str:
@@ -84,16 +85,32 @@ class DaliLoader:
         while step < stop:
             feed = _Feed(self, step, stop)
             try:
-                pipeline = self._pipeline(feed)
-                for outputs in _runs(pipeline, stop - step):
-                    fed = feed.under_way.popleft()
-                    self.skipped.note(self.dataset, torch.from_numpy(fed.wanted), torch.from_numpy(fed.read))
-                    yield Batch(fed.step, self._views(outputs, fed), torch.from_numpy(fed.read))
-                    step = fed.step + 1
+                for batch in self._stream(feed, stop - step):
+                    yield batch
+                    step = batch.step + 1
+                continue
             except _PipelineFailed as failure:
-                self._leave_out(feed.under_way, failure)
+                reason = failure.reason
             finally:
                 feed.close()
+            # Behind the handler: there its traceback still holds the old pipeline's memory.
+            self._leave_out(feed.under_way, reason.with_traceback(None))
+
+    def _stream(self, feed: _Feed, count: int) -> Iterator[Batch]:
+        """What one pipeline gives.  Raises _PipelineFailed."""
+        pipeline = self._pipeline(feed)
+        # With its stream, the host does not wait for the batch.
+        arguments = (torch.cuda.current_stream(self.ranks.device),) if self.gpu else ()
+        for _ in range(count):
+            try:
+                outputs = pipeline.run(*arguments)
+            except (DataError, OSError):  # of our own source
+                raise
+            except Exception as error:  # DALI has many kinds for a file that it cannot decode
+                raise _PipelineFailed(error) from None
+            fed = feed.under_way.popleft()
+            self.skipped.note(self.dataset, torch.from_numpy(fed.wanted), torch.from_numpy(fed.read))
+            yield Batch(fed.step, self._views(outputs, fed), torch.from_numpy(fed.read))
 
     def make(self, step: int, readers: ThreadPoolExecutor) -> _Fed:
         """Reads the files of one step and draws their views."""
@@ -125,19 +142,20 @@ class DaliLoader:
         return self.dataset.picture(index, convert=index in self._converted)
 
     def _pipeline(self, source: Any) -> Any:
-        largest = self.dataset.facts.sizes.max(axis=0)
+        views = 0 if self.native else self.views
+        return self._built(source, views=views, batch_size=self.order.rows, threads=self.workers)
+
+    def _built(self, source: Any, **options: Any) -> Any:
+        device_id = self.ranks.device.index if self.gpu else None
         return dali_graph.build_pipeline(
-            self.policy, source, views=0 if self.native else self.views, batch_size=self.order.rows,
-            threads=self.workers, device_id=self.ranks.device.index if self.gpu else None,
-            largest=(int(largest[0]), int(largest[1])),
-        )  # fmt: skip
+            self.policy, source, device_id=device_id, sizes=self.dataset.facts.sizes, **options
+        )
 
     def _views(self, outputs: Any, fed: _Fed) -> list[Tensor]:
         """V views [n, 3, S, S] with channels_last strides, of DALI's own memory where DALI made them."""
         if not self.native:
-            # Under its own device: the tensor's stream is then the current one, for which DALI's memory waits.
-            with self.ranks.device:
-                return [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+            # On a GPU they belong to the stream that is current now, as any tensor that is made here.
+            return [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
         n = len(fed.wanted)
         images = [np.asarray(outputs[0].at(i)) for i in range(n)]
         mean, std = self.policy.statistics
@@ -147,17 +165,20 @@ class DaliLoader:
         )  # fmt: skip
         return list(views.split(n))
 
-    def _leave_out(self, under_way: deque[_Fed], failure: _PipelineFailed) -> None:
-        """Finds what DALI failed at; raises the failure where no image is to blame."""
+    def _leave_out(self, under_way: deque[_Fed], reason: Exception) -> None:
+        """Finds what DALI failed at; raises the reason where no image is to blame."""
         suspects = {int(index) for fed in under_way for index in fed.read} - self._converted
         bad = {index for index in suspects if not self._pillow_reads(index)}
-        if not bad:
-            self._converted |= (converted := {index for index in suspects if not self._dali_decodes(index)})
-            for index in converted:
-                log.warning("%s: DALI cannot decode it; Pillow does from now on", self.dataset.describe(index))
-            if not converted:
-                raise failure.reason
         self._unreadable |= bad
+        if bad:
+            return
+        refused = self._refused_by_dali(sorted(suspects))
+        # All of them: then it is the machine that fails, whose memory is full, say.
+        if not refused or len(refused) == len(suspects):
+            raise reason
+        self._converted |= refused
+        for index in refused:
+            log.warning("%s: DALI cannot decode it; Pillow does from now on", self.dataset.describe(index))
 
     def _pillow_reads(self, index: int) -> bool:
         try:
@@ -166,24 +187,29 @@ class DaliLoader:
             return False
         return True
 
-    def _dali_decodes(self, index: int) -> bool:
-        data = np.frombuffer(self.dataset.picture(index), np.uint8)
-        width, height = self.dataset.facts.sizes[index]
-        alone = dali_graph.build_pipeline(
-            self.policy, lambda i: [[data]], views=0, batch_size=1, threads=1,
-            device_id=self.ranks.device.index if self.gpu else None, largest=(int(width), int(height)),
-        )  # fmt: skip
-        try:
-            (image,) = alone.run()
-            return tuple(image.shape()[0]) == (height, width, 3)
-        except Exception:  # whatever its kind: the image is converted
-            return False
+    def _refused_by_dali(self, indices: list[int]) -> set[int]:
+        """Those of the images that DALI fails at, each decoded alone; a pipeline serves until it fails."""
+        refused: set[int] = set()
+        queue: deque[NDArray[np.uint8]] = deque()
+        alone = None
+        for index in indices:
+            queue.append(np.frombuffer(self._read(index)[0], np.uint8))
+            try:
+                if alone is None:
+                    alone = self._built(lambda i: [[queue.popleft()]], views=0, batch_size=1, threads=1, ahead=1)
+                alone.run()
+            except Exception:  # whatever its kind: the image is converted
+                refused.add(index)
+                alone = None
+                queue.clear()
+        return refused
 
 
 def dali_version() -> str:
-    """The installed DALI's version, which stands in the metadata of one of its packages."""
-    names = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    return next(found.version for name in names for found in metadata.distributions(name=name))
+    """The installed DALI's version."""
+    from nvidia.dali import __version__
+
+    return str(__version__)
 
 
 class _Memory:
@@ -192,18 +218,17 @@ class _Memory:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape  # [V * n, S, S, 3]
         self._arrays: list[NDArray[np.float32]] = []
+        fresh = [np.empty(0, np.float32)]
+        self._unused = sys.getrefcount(fresh[0])  # as this interpreter counts an array that a list alone holds
 
     def take(self) -> Tensor:
         """[V * n, 3, S, S] with channels_last strides and any content."""
         # A tensor's memory holds a reference to its array for as long as any tensor shares it.
-        free = (i for i in range(len(self._arrays)) if sys.getrefcount(self._arrays[i]) <= _UNUSED)
+        free = (i for i in range(len(self._arrays)) if sys.getrefcount(self._arrays[i]) <= self._unused)
         if (i := next(free, None)) is None:
             i = len(self._arrays)
             self._arrays.append(np.empty(self._shape, np.float32))
         return torch.from_numpy(self._arrays[i]).permute(0, 3, 1, 2)
-
-
-_UNUSED = 2  # references to an array: the list's, and the one that counts them
 
 
 class _PipelineFailed(Exception):
@@ -212,17 +237,6 @@ class _PipelineFailed(Exception):
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
         self.reason = reason
-
-
-def _runs(pipeline: Any, count: int) -> Iterator[Any]:
-    for _ in range(count):
-        try:
-            outputs = pipeline.run()
-        except (DataError, OSError):  # of our own source
-            raise
-        except Exception as error:  # DALI has many kinds for a file that it cannot decode
-            raise _PipelineFailed(error) from error
-        yield outputs
 
 
 class _Feed:

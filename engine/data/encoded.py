@@ -38,12 +38,16 @@ _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 _PILLOW = re.compile(r"PIL\.")
 
 
+SPOILED = -1
+
+
 class Facts(NamedTuple):
     """What the scan found of N images."""
 
     lengths: NDArray[np.int64]  # [N] bytes of the encoded image
     sizes: NDArray[np.int32]  # [N, 2] width and height in pixels
     direct: NDArray[np.bool_]  # [N] a plain JPEG or PNG, of which every decoder makes the same picture
+    stamps: NDArray[np.int64]  # [N] when the file last changed, in ns; SPOILED where it is an image no more
 
     def of(self, indices: NDArray[np.integer]) -> Facts:
         """The facts of some images."""
@@ -106,30 +110,38 @@ class EncodedDataset(ImageDataset):
         return None if self.labels is None or self.classes is None else len(self.classes)
 
     @abstractmethod
-    def read(self, index: int) -> bytes:
-        """The bytes that stand where the scan found the image.  Raises OSError, UnreadableImage."""
+    def read(self, index: int) -> Read:
+        """What stands where the scan found the image.  Raises OSError, UnreadableImage."""
 
     @abstractmethod
     def subset(self, name: str, indices: np.ndarray) -> EncodedDataset:
         """The images of these indices (integers [n]), with the same classes."""
 
     def encoded(self, index: int) -> bytes:
-        """The encoded image, as long as the scan found it.  Raises IndexError, UnreadableImage."""
+        """The encoded image, of the size and kind that the scan found.  Raises IndexError, UnreadableImage.
+
+        A file that has changed since then is decoded first: a decoder that trusts the scan may crash on what it was
+        not told of (DALI 2.4 does, in most batches of 50 that hold one image without a header).
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} images, no index {index}")
         with unreadable_where_it_fails(self.describe(index)):
-            data = self.read(index)
-            if len(data) != self.facts.lengths[index]:
-                raise ValueError(f"{len(data)} bytes, {self.facts.lengths[index]} when it was scanned")
+            data, stamp = self.read(index)
+        if stamp != self.facts.stamps[index] or len(data) != self.facts.lengths[index]:
+            self._check(index, data)
         return data
 
-    def image(self, index: int) -> Image.Image:
-        image = decode(self.encoded(index), self.describe(index))
-        if image.size != tuple(self.facts.sizes[index]):
-            width, height = self.facts.sizes[index]
-            reason = f"{image.width} x {image.height} px, {width} x {height} when it was scanned"
+    def _check(self, index: int, data: bytes) -> None:
+        look = inspect(data, self.describe(index))
+        width, height = self.facts.sizes[index]
+        if (look.width, look.height) != (width, height):
+            reason = f"{look.width} x {look.height} px, {width} x {height} when it was scanned"
             raise UnreadableImage(self.describe(index), reason)
-        return image
+        if self.facts.direct[index] and not look.direct:
+            raise UnreadableImage(self.describe(index), "of another form than when it was scanned")
+
+    def image(self, index: int) -> Image.Image:
+        return decode(self.encoded(index), self.describe(index))
 
     def picture(self, index: int, *, convert: bool = False) -> bytes:
         """An encoding of which every decoder makes the same picture: the image's own, or PPM where it is not direct.
@@ -170,7 +182,7 @@ class FileDataset(EncodedDataset):
     def describe(self, index: int) -> str:
         return self.path(index)
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int) -> Read:
         return read_file(self.path(index))
 
     def fingerprint(self) -> str:
@@ -185,7 +197,14 @@ class FileDataset(EncodedDataset):
         return FileDataset(name, paths, self.facts.of(indices), labels, self.classes, rejected=self.rejected)
 
 
-def read_file(path: str, offset: int = 0, length: int | None = None) -> bytes:
+class Read(NamedTuple):
+    """Bytes of a file."""
+
+    data: bytes
+    stamp: int  # when the file last changed, in ns
+
+
+def read_file(path: str, offset: int = 0, length: int | None = None) -> Read:
     """A file, or `length` bytes of it from `offset`, fewer where it ends before.
 
     Raises OSError.  ValueError: no regular file, or more than MAX_BYTES, which no image needs.
@@ -199,7 +218,7 @@ def read_file(path: str, offset: int = 0, length: int | None = None) -> bytes:
         length = status.st_size if length is None else length
         if length > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
-        return os.pread(descriptor, length, offset)
+        return Read(os.pread(descriptor, length, offset), status.st_mtime_ns)
     finally:
         os.close(descriptor)
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from engine.data.dataset import DataError
 from engine.data.encoded import FileDataset
-from engine.data.manifest import Scanned, facts_of, scan, warn_of_rejected
+from engine.data.manifest import Found, facts_of, is_listed, scan, warn_of_rejected
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def open_folder(root: str | Path, *, manifest: Path | None = None) -> Folder:
     `root/train` is used where there is one, else all of `root`; beside `train`, `val` or else `test`. The names of the
     first-level folders are the classes, sorted. There are no labels where an image lies at the top level, or where
     there is one first-level folder only, as one class tells nothing. Hidden files and folders are skipped.
-    The listing is kept for the life of the process, so that each split of one run is the same.
+    The listing is kept until another folder is opened, so that each split of one run is the same.
 
     Raises:
         DataError: missing, empty or without a readable image; `val` without `train`, or with a class that it lacks.
@@ -63,18 +63,18 @@ def _list(root: str, manifest: Path | None) -> Folder:
     return Folder(dataset, val)
 
 
-def _scan(root: str, folders: Sequence[str], manifest: Path | None) -> list[dict[str, Scanned]]:
+def _scan(root: str, folders: Sequence[str], manifest: Path | None) -> list[dict[str, Found]]:
     """What was found of the images below each folder, by path."""
     listed = [list(_images(folder, ())) for folder in folders]
     files = [os.path.relpath(path, root) for paths in listed for path in paths]
     records = iter(scan(root, files, kind="folder", manifest=manifest))
-    return [{path: next(records).images[0] for path in paths} for paths in listed]
+    return [{path: ((record := next(records)), record.images[0]) for path in paths} for paths in listed]
 
 
-def _dataset(name: str, folder: str, found: dict[str, Scanned], known: Sequence[str] | None) -> FileDataset:
+def _dataset(name: str, folder: str, found: dict[str, Found], known: Sequence[str] | None) -> FileDataset:
     """The images below one folder, with labels into `known`, or into its own class folders where that is None."""
-    usable = {path: image for path, image in found.items() if image.problem is None}
-    rejected = [(path, image.problem) for path, image in found.items() if image.problem is not None]
+    usable = {path: (record, image) for path, (record, image) in found.items() if is_listed(image)}
+    rejected = [(path, image.problem or "") for path, (_, image) in found.items() if not is_listed(image)]
     if not usable:
         first = f" (first: {rejected[0][0]}: {rejected[0][1]})" if rejected else ""
         raise DataError(

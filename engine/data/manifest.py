@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine.data.dataset import DataError, UnreadableImage
 from engine.data.download import locked, move_into_place
-from engine.data.encoded import Facts, inspect, read_file, unreadable_where_it_fails
+from engine.data.encoded import SPOILED, Facts, inspect, read_file, unreadable_where_it_fails
 
 NAME = ".dogo-manifest.jsonl"
 FORMAT = 1  # also to be raised with any change of what encoded.inspect accepts or tells
@@ -63,7 +63,7 @@ class Scanned(NamedTuple):
     offset: int
     length: int
     label: int | None
-    width: int  # 0 where there is a problem
+    width: int  # 0 where it was never usable
     height: int
     direct: bool  # as in encoded.Facts
     problem: str | None  # why it is unusable
@@ -125,7 +125,7 @@ def scan(
         known = theirs or known
         records = _unchanged(files, states, known)
         try:
-            _fill(records, root, files, states, locate)
+            _fill(records, root, files, states, locate, known)
         finally:
             found = [record for record in records if record is not None]
             if kept and found != list(known.values()):
@@ -152,12 +152,25 @@ def _writable(folder: str | Path) -> bool:
         return False
 
 
-def facts_of(images: Sequence[Scanned]) -> Facts:
-    """What the datasets hold of usable images."""
+Found = tuple[FileRecord, Scanned]  # an image, and the file that it is in
+
+
+def is_listed(image: Scanned) -> bool:
+    """Whether the image has its place in the data set: it is usable, or it was when it was first scanned.
+
+    So a file that goes bad leaves the number of images and their order as they are, and a run can be resumed.
+    """
+    return image.width > 0
+
+
+def facts_of(images: Sequence[Found]) -> Facts:
+    """What the datasets hold of listed images."""
+    stamps = [record.mtime_ns if image.problem is None else SPOILED for record, image in images]
     return Facts(
-        lengths=np.array([image.length for image in images], np.int64),
-        sizes=np.array([(image.width, image.height) for image in images], np.int32).reshape(-1, 2),
-        direct=np.array([image.direct for image in images], bool),
+        lengths=np.array([image.length for _, image in images], np.int64),
+        sizes=np.array([(image.width, image.height) for _, image in images], np.int32).reshape(-1, 2),
+        direct=np.array([image.direct for _, image in images], bool),
+        stamps=np.array(stamps, np.int64),
     )
 
 
@@ -165,7 +178,7 @@ def warn_of_rejected(where: str, rejected: Sequence[tuple[str, str]], total: int
     """One warning of the images that are left out, (name, reason) each, naming the first; none where there are none."""
     if rejected:
         some = "; ".join(f"{os.path.relpath(name, where)}: {reason}" for name, reason in rejected[:_NAMED])
-        _log.warning("%s: left out %d of %d %s that are no images (%s)", where, len(rejected), total, what, some)
+        _log.warning("%s: left out %d of %d %s that cannot be used (%s)", where, len(rejected), total, what, some)
 
 
 # -- scanning --------------------------------------------------------------------------------------------------------
@@ -189,7 +202,12 @@ def _unchanged(files: Sequence[str], states: Sequence[_State], known: dict[str, 
 
 
 def _fill(
-    records: list[FileRecord | None], root: str, files: Sequence[str], states: Sequence[_State], locate: Locate
+    records: list[FileRecord | None],
+    root: str,
+    files: Sequence[str],
+    states: Sequence[_State],
+    locate: Locate,
+    known: dict[str, FileRecord],
 ) -> None:
     """Scans the files that have no record, and sets each record as soon as it is whole."""
     todo = [i for i, record in enumerate(records) if record is None]
@@ -203,7 +221,19 @@ def _fill(
             size, mtime_ns = states[i]
             if not all(read for _, read in found):
                 size = _UNREAD
-            records[i] = FileRecord(files[i], size, mtime_ns, tuple(image for image, _ in found))
+            scanned = _with_earlier_sizes([image for image, _ in found], known.get(files[i]))
+            records[i] = FileRecord(files[i], size, mtime_ns, tuple(scanned))
+
+
+def _with_earlier_sizes(images: list[Scanned], before: FileRecord | None) -> list[Scanned]:
+    """Images that went bad keep the size that they had, and so stay listed."""
+    listed = {image.name: image for image in (before.images if before else ()) if is_listed(image)}
+    return [
+        image._replace(length=was.length, width=was.width, height=was.height)
+        if image.problem is not None and (was := listed.get(image.name)) is not None
+        else image
+        for image in images
+    ]
 
 
 def _located(locate: Locate, path: str) -> list[Located]:
@@ -218,7 +248,7 @@ def _look(task: tuple[str, Located]) -> tuple[Scanned, bool]:
     path, image = task
     try:
         with unreadable_where_it_fails(path):
-            data = read_file(path, image.offset, image.length)
+            data = read_file(path, image.offset, image.length).data
             if len(data) < image.length:
                 raise OSError("the file became shorter during the scan")
     except UnreadableImage as error:

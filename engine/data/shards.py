@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.dataset import DataError
-from engine.data.encoded import EncodedDataset, Facts, Names, read_file
-from engine.data.manifest import FileRecord, Located, facts_of, scan, warn_of_rejected
+from engine.data.encoded import EncodedDataset, Facts, Names, Read, read_file
+from engine.data.manifest import FileRecord, Located, facts_of, is_listed, scan, warn_of_rejected
 from engine.data.shard_files import INDEX, ShardFormat, ShardIndex, check_numbers, find_shards, read_index
 
 _MOST_CLASSES = 1 << 20  # beyond it a label is an identifier, and a name for each would fill the memory
@@ -60,7 +60,7 @@ class ShardDataset(EncodedDataset):
     def describe(self, index: int) -> str:
         return f"{self.places.shards[self.places.shard[index]]}:{self.places.keys[index]}"
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int) -> Read:
         path = self.places.shards[self.places.shard[index]]
         # Opening costs 2 us of 8, and decoding 600: files kept open would be worth little and shared by forks.
         return read_file(path, int(self.places.offsets[index]), int(self.facts.lengths[index]))
@@ -95,7 +95,7 @@ def open_shards(
     Training shards are those in `root/train`, with `root/val`, `root/validation` or `root/test` beside it; else those
     in `root` with the word train in their names, with val, validation or test in others; else all in `root`.
     There are no labels where an image of the split has none.  Classes have the names of the index that engine/pack.py
-    writes, else their numbers.  The listing is kept for the life of the process.
+    writes, else their numbers.  The listing is kept until other shards are opened.
 
     Raises:
         DataError: no shards, a wrong number of them, a damaged one, or one without any image.
@@ -169,8 +169,10 @@ class _Part(NamedTuple):
 def _part(name: str, records: Sequence[FileRecord]) -> _Part:
     """One split's readable images, with a warning where others are left out.  Raises DataError: not one is readable."""
     every = [(shard, image) for shard, record in enumerate(records) for image in record.images]
-    used = [(shard, image) for shard, image in every if image.problem is None]
-    rejected = [(f"{records[shard].path}:{image.name}", image.problem) for shard, image in every if image.problem]
+    used = [(shard, image) for shard, image in every if is_listed(image)]
+    rejected = [
+        (f"{records[shard].path}:{image.name}", image.problem or "") for shard, image in every if not is_listed(image)
+    ]
     folder = os.path.dirname(records[0].path)
     if not used:
         first = f"{rejected[0][0]}: {rejected[0][1]}"
@@ -185,7 +187,7 @@ def _part(name: str, records: Sequence[FileRecord]) -> _Part:
         Names(image.name for _, image in used),
     )
     labels = _labels(folder, [image.label for _, image in used])
-    return _Part(name, places, facts_of([image for _, image in used]), labels, rejected)
+    return _Part(name, places, facts_of([(records[shard], image) for shard, image in used]), labels, rejected)
 
 
 def _labels(folder: str, labels: list[int | None]) -> NDArray[np.int64] | None:

@@ -8,7 +8,7 @@ import numpy as np
 from engine.data.dataset import DataError
 from engine.data.download import archive, extract, locked
 from engine.data.encoded import FileDataset
-from engine.data.manifest import facts_of, scan, warn_of_rejected
+from engine.data.manifest import facts_of, is_listed, scan, warn_of_rejected
 
 FOLDER = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -36,10 +36,10 @@ def tiny_imagenet(
     records = scan(folder, files, kind="tiny-imagenet", manifest=manifest)
     entries = both[0] if train else both[1]
     records = records[: len(entries)] if train else records[-len(entries) :]
-    found = [(path, label, record.images[0]) for (path, label), record in zip(entries, records, strict=True)]
-    rejected = [(path, image.problem) for path, _, image in found if image.problem is not None]
+    found = [(path, label, (record, record.images[0])) for (path, label), record in zip(entries, records, strict=True)]
+    rejected = [(path, image.problem or "") for path, _, (_, image) in found if not is_listed(image)]
     warn_of_rejected(os.fspath(folder), rejected, len(found))
-    usable = [(path, label, image) for path, label, image in found if image.problem is None]
+    usable = [(path, label, image) for path, label, image in found if is_listed(image[1])]
     if not usable:
         raise DataError(f"{rejected[0][0]}: none of the images can be read ({rejected[0][1]}); {_advice(folder)}")
     paths, labels, images = zip(*usable, strict=True)

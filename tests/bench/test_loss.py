@@ -278,7 +278,7 @@ def test_the_command_measures_and_writes_nothing():
 def test_an_unknown_subject_is_one_line():
     done = command("los")
     assert done.returncode == 2
-    assert done.stderr == "bench: subject 'los' is unknown; allowed: loss, optimizer, readme, budgets\n"
+    assert done.stderr == "bench: subject 'los' is unknown; allowed: loss, data, parity, optimizer, readme, budgets\n"
     assert done.stdout == ""
 
 

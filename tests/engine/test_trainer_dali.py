@@ -15,6 +15,7 @@ from engine import distributed
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, parse_config
 from engine.data import dali_graph, dali_loader
+from engine.data.dataset import DataError
 from engine.trainer import Trainer
 from kernels import native
 
@@ -91,6 +92,48 @@ def test_two_ranks_train_as_one(dali, tmp_path):
         histories.append(losses(dali))
     np.testing.assert_allclose(histories[1], histories[0], rtol=2e-3)
     np.testing.assert_allclose(histories[1][0], histories[0][0], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dali", "torchvision"])
+def test_a_run_goes_on_after_a_file_went_bad(dali, image_folder, tmp_path, name):
+    """Its place in the order stays, so that the epochs are the same."""
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root, ignore=shutil.ignore_patterns(".*"))
+    dali["data"].update(root=str(root), loader=name)
+    dali["run"].update(steps=6, save_every_steps=2)
+    run_ranks(fit, 1, dali)
+    straight = losses(dali)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    for path in (root / "class0" / "000.png", root / "class1" / "001.png"):
+        path.write_bytes(path.read_bytes()[:-400])
+    (summary,) = run_ranks(fit, 1, dali)
+    assert summary["steps"] == 6 and summary["skipped_images"] == 2
+    resumed = losses(dali)
+    assert resumed[:4] == straight[:4] and resumed[4:] != straight[4:]
+    np.testing.assert_allclose(resumed, straight, rtol=0.1)
+
+
+def with_own_copy(plain: dict[str, Any], roots: list[str]) -> str:
+    ranks = distributed.start()
+    try:
+        Trainer(parse_config({**plain, "data": {**plain["data"], "root": roots[ranks.rank]}}), ranks)
+    except DataError as error:
+        return str(error)
+    finally:
+        distributed.stop()
+    return ""
+
+
+@pytest.mark.slow
+def test_ranks_with_other_data_are_found_out(dali, image_folder, tmp_path):
+    roots = [tmp_path / "one", tmp_path / "other"]
+    for root in roots:
+        shutil.copytree(image_folder, root, ignore=shutil.ignore_patterns(".*"))
+    (roots[1] / "class0" / "000.png").write_bytes(b"cut")
+    errors = run_ranks(with_own_copy, 2, dali, [str(root) for root in roots])
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("data.root: rank 1 has other data than rank 0: folder, 47 images")
 
 
 def resumed_with_other_views(plain: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def made(maker: str, policy: AugmentPolicy, photos: Photos, params: ViewParams) 
 
     pipeline = dali_graph.build_pipeline(
         policy, source, views=0 if native_core else VIEWS, batch_size=n, threads=2, device_id=0 if gpu else None,
-        largest=tuple(photos.sizes.max(axis=0)),
+        sizes=photos.sizes,
     )  # fmt: skip
     outputs = pipeline.run()
     mean, std = policy.statistics
@@ -287,8 +287,10 @@ def test_the_graph_of_a_gpu_can_be_defined_on_any_machine():
 
     policy = build_policy(AugmentConfig(solarize=0.2), 224)
     with Pipeline(batch_size=4, num_threads=1, device_id=0, exec_dynamic=True):
-        views = dali_graph.outputs_of(policy, lambda i: [], views=2, device_id=0, largest=(500, 20_000))
-        (images,) = dali_graph.outputs_of(policy, lambda i: [], views=0, device_id=0, largest=(500, 500))
+        views = dali_graph.outputs_of(
+            policy, lambda i: [], views=2, device_id=0, sizes=np.array([[500, 20_000], [30, 40]])
+        )
+        (images,) = dali_graph.outputs_of(policy, lambda i: [], views=0, device_id=0, sizes=np.array([[500, 500]]))
     assert [view.device for view in (*views, images)] == ["gpu"] * 3
 
 

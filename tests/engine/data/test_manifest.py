@@ -18,7 +18,18 @@ from PIL import Image
 
 from engine.data import manifest
 from engine.data.dataset import DataError
-from engine.data.manifest import NAME, Located, Scanned, facts_of, manifest_path, scan, warn_of_rejected
+from engine.data.encoded import SPOILED
+from engine.data.manifest import (
+    NAME,
+    FileRecord,
+    Located,
+    Scanned,
+    facts_of,
+    is_listed,
+    manifest_path,
+    scan,
+    warn_of_rejected,
+)
 
 PROJECT = Path(__file__).parents[3]
 PHOTOS = PROJECT.parent / "shared" / "data" / "imagewoof320-mini.tar"
@@ -401,9 +412,32 @@ def test_the_bar_appears_on_a_terminal_in_long_scans_alone(zoo, monkeypatch, cap
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_image_that_goes_bad_keeps_its_place(tmp_path):
+    whole = io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 0, 0)).save(whole, "JPEG")
+    path = tmp_path / "it.jpg"
+
+    def now() -> Scanned:
+        return scan(tmp_path, ["it.jpg"], kind="folder")[0].images[0]
+
+    path.write_bytes(b"never an image")
+    assert not is_listed(now())
+    path.write_bytes(whole.getvalue())
+    good = now()
+    assert good.problem is None and is_listed(good)
+    for damaged in (whole.getvalue()[:-100], b"", b"text"):
+        path.write_bytes(damaged)
+        bad = now()
+        assert bad.problem is not None and is_listed(bad) and not bad.direct
+        assert bad[:6] == good[:6], "name, place, length, label and size"
+    path.write_bytes(whole.getvalue())
+    assert now() == good
+
+
 def test_facts_and_the_warning(caplog):
-    images = [Scanned("", 0, 7, None, 3, 4, True, None), Scanned("", 0, 9, None, 5, 6, False, None)]
-    facts = facts_of(images)
+    images = [Scanned("", 0, 7, None, 3, 4, True, None), Scanned("", 0, 9, None, 5, 6, False, "cut")]
+    facts = facts_of([(FileRecord("it", 9, 77, ()), image) for image in images])
+    assert facts.stamps.tolist() == [77, SPOILED]
     assert facts.lengths.tolist() == [7, 9] and facts.sizes.tolist() == [[3, 4], [5, 6]]
     assert facts.direct.tolist() == [True, False]
     assert facts_of([]).sizes.shape == (0, 2)
@@ -411,7 +445,7 @@ def test_facts_and_the_warning(caplog):
     warn_of_rejected("/top", [], 5)
     assert caplog.records == []
     warn_of_rejected("/top", [(f"/top/{i}.jpg", "why") for i in range(4)], 5)
-    assert caplog.messages == ["/top: left out 4 of 5 files that are no images (0.jpg: why; 1.jpg: why; 2.jpg: why)"]
+    assert caplog.messages == ["/top: left out 4 of 5 files that cannot be used (0.jpg: why; 1.jpg: why; 2.jpg: why)"]
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"needs {PHOTOS.name} in shared/data")

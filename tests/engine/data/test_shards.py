@@ -160,8 +160,8 @@ def test_unreadable_images_are_left_out_and_reported_once(tmp_path, caplog):
     assert [name for name, _ in train.rejected] == [f"{tmp_path}/train-0.tar:b", f"{tmp_path}/train-0.tar:c"]
     assert len(caplog.records) == 1
     assert "left out 2 of 4 images" in caplog.text and "train-0.tar:b: " in caplog.text
-    write_tar(tmp_path / "train-0.tar", ("a.png", b"no image"))
-    with pytest.raises(DataError, match=r"no readable image among 1 \(first: .*train-0\.tar:a: not an image"):
+    write_tar(tmp_path / "train-0.tar", ("z.png", b"no image"))
+    with pytest.raises(DataError, match=r"no readable image among 1 \(first: .*train-0\.tar:z: not an image"):
         open_webdataset(tmp_path, shards=1)
 
 
@@ -232,7 +232,7 @@ def test_many_threads_read_the_same(dataset):
 
 def test_a_shard_that_changes_while_it_is_in_use(dataset, tmp_path):
     (tmp_path / "train-1.tar").write_bytes((tmp_path / "train-1.tar").read_bytes()[:600])
-    with pytest.raises(UnreadableImage, match=r"train-1\.tar:0005.*88 bytes, 264 when it was scanned"):
+    with pytest.raises(UnreadableImage, match=r"train-1\.tar:0005.*truncated"):
         dataset.encoded(5)
     (tmp_path / "train-1.tar").unlink()
     with pytest.raises(UnreadableImage, match=r"train-1\.tar:0006.*No such file"):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from engine.data.catalog import open_dataset
 from engine.data.dataset import DataError
+from engine.data.manifest import NAME
 from engine.data.tiny_imagenet import tiny_imagenet
 
 WNIDS = ("n03", "n01", "n02")  # the official list is not sorted either
@@ -60,13 +61,14 @@ def test_damaged_images_are_left_out_with_their_labels(tmp_path, md5, caplog):
     fresh = tiny_imagenet(tmp_path, True, url=URL, md5=md5)
     assert fresh.rejected == [] and fresh.facts.direct.all() and (fresh.facts.sizes == 64).all()
     folder = tmp_path / "tiny-imagenet-200"
+    (folder / NAME).unlink()  # what it knows to be images would keep their places
     (folder / "train/n02/images/n02_1.JPEG").write_bytes(b"")
     (folder / "val/images/val_0.JPEG").write_bytes(jpeg(0)[:-9])
     train, val = tiny_imagenet(tmp_path, True), tiny_imagenet(tmp_path, False)
     assert train.rejected == [(str(folder / "train/n02/images/n02_1.JPEG"), "the file is empty")]
     assert train.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4 and train.path(5).endswith("n02_2.JPEG")
     assert len(val) == 5 and val.path(0).endswith("val_1.JPEG") and "truncated" in val.rejected[0][1]
-    assert "left out 1 of 12 files that are no images (train/n02/images/n02_1.JPEG: the file is empty)" in caplog.text
+    assert "left out 1 of 12 files that cannot be used (train/n02/images/n02_1.JPEG: the file is empty)" in caplog.text
 
 
 def test_both_parts_share_a_manifest(tmp_path, md5, monkeypatch):
@@ -77,6 +79,7 @@ def test_both_parts_share_a_manifest(tmp_path, md5, monkeypatch):
 
 def test_no_image_at_all(tmp_path, md5):
     tiny_imagenet(tmp_path, True, url=URL, md5=md5)
+    (tmp_path / "tiny-imagenet-200" / NAME).unlink()
     for path in (tmp_path / "tiny-imagenet-200" / "val").rglob("*.JPEG"):
         path.write_bytes(b"")
     with pytest.raises(
