@@ -103,3 +103,15 @@ def test_real_photos(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("160 images are usable, 0 are not\nfolder: 120 images, 10 classes\n")
     assert "all are plain JPEG or PNG" in out
+
+
+def test_images_that_went_bad_since_the_first_scan_are_named(root, capsys):
+    assert main([str(root)]) == 0
+    (root / "train/a/1.jpg").write_bytes(b"no longer")
+    folder._list.cache_clear()
+    capsys.readouterr()
+    assert main([str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("4 images are usable, 5 are not\n"), "its place stays"
+    assert "\n1 of the usable went bad since the first scan, and others take their places: train/a/1.jpg\n" in printed
+    assert "\n3 are no plain JPEG or PNG" in printed
