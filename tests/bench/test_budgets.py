@@ -26,7 +26,21 @@ def test_kernels_are_within_their_budgets(capability):
     assert f"sm_{capability}  mutual, D 128              gradient_kernel" in done.stdout
 
 
-@pytest.mark.parametrize("version", sorted(ALL))
+# The compiler of triton 3.8 (torch 2.14) spills up to 104 bytes on sm_90, 3.6 and 3.9 at most 72.  Its own budgets
+# hold what it makes, so that it gets no worse; these goals are for the others.
+SPILLS_MORE = {"3.8"}
+
+
+def test_no_other_version_is_excused():
+    worst = {
+        version: max(kernel["stack"] for kernels in ALL[version]["sm_90"].values() for kernel in kernels.values())
+        for version in ALL
+    }
+    assert {version for version, stack in worst.items() if stack > 72} == SPILLS_MORE
+    assert max(worst.values()) <= 112, worst
+
+
+@pytest.mark.parametrize("version", sorted(set(ALL) - SPILLS_MORE))
 def test_what_the_budgets_themselves_allow(version):
     """Spilled bytes: none in training at D = 128 on Hopper with triton 3.6, 40 in pass 2 with 3.9; little elsewhere."""
     for name, kernels in ALL[version]["sm_90"].items():
@@ -98,7 +112,8 @@ def test_a_kernel_without_budget_is_named(allowed):
 
 
 @pytest.mark.parametrize(
-    ("version", "expected"), [("3.6", "3.6"), ("3.8", "3.6"), ("3.9", "3.9"), ("3.10", "3.9"), ("3.1", "3.9")]
+    ("version", "expected"),
+    [("3.6", "3.6"), ("3.7", "3.6"), ("3.8", "3.8"), ("3.9", "3.9"), ("3.10", "3.9"), ("3.1", "3.9")],
 )
 def test_the_budget_of_a_version(monkeypatch, version, expected):
     monkeypatch.setattr(budgets, "version", lambda: version)
