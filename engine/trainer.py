@@ -59,7 +59,7 @@ class Trainer:
         self.folder: Path = cfg.run.output_dir
         # What needs no data comes first: a slip in the configuration must not cost a download.
         if cfg.data.loader == "dali":
-            require_dali()
+            everyone_does(ranks, require_dali)  # a rank that lacks it must not leave the others waiting
         self.resume_point = first_rank_does(ranks, lambda: run_dir.resume_point(cfg, ranks.world))
         seed_everything(cfg.run.seed)
         self.size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
