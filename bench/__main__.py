@@ -8,6 +8,7 @@ import sys
 # Each module has `main(argv) -> exit status`, and is imported only when asked for.
 SUBJECTS = {
     "loss": "time and peak memory of the losses against plain PyTorch and other libraries",
+    "augment": "all views of a batch against kornia, torchvision and a copy; and the loaders of small images",
     "data": "source images a second of the loaders, on real photos",
     "parity": "the kNN that short runs reach with either loader",
     "optimizer": "one LARS step over a network's tensors against other ways to write it, and fused SGD and AdamW",

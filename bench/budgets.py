@@ -44,13 +44,25 @@ class Case(NamedTuple):
     gradients: bool = True
 
 
+class Views(NamedTuple):
+    """Augmented views to compile: of images H x W, C bytes a pixel."""
+
+    name: str
+    H: int
+    W: int
+    S: int
+    C: int = 4
+    blur: bool = False
+
+
 MUTUAL, FORWARD = (
     Case("mutual, D 128", 20_000, 128, 128),
     Case("mutual forward, D 128", 20_000, 128, 128, gradients=False),
 )
 SINGLE = Case("ntxent, D 128", 20_000, 128, None)
-CASES = {
-    80: [MUTUAL, FORWARD, SINGLE],
+SMALL = Views("views, 32 px", 32, 32, 32)
+CASES: dict[int, list[Case | Views]] = {
+    80: [MUTUAL, FORWARD, SINGLE, SMALL],
     90: [
         MUTUAL,
         FORWARD,
@@ -62,8 +74,11 @@ CASES = {
         Case("mutual, strips", 20_000, 512, 256),
         Case("ntxent, D 256", 20_000, 256, None),
         Case("similarity_kl, D 128", 20_000, 128, 128, tau_contrast=None),
+        SMALL,
+        Views("views, 96 px", 96, 96, 96, blur=True),
+        Views("views, 224 px of 256", 256, 256, 224, C=3, blur=True),
     ],
-    100: [MUTUAL, FORWARD, SINGLE],
+    100: [MUTUAL, FORWARD, SINGLE, SMALL],
 }
 
 
@@ -111,8 +126,25 @@ def _compiling(capability: int) -> Iterator[dict[str, Any]]:
         JITFunction.run, problem.capability_of = run, found_capability
 
 
-def compile_case(case: Case, capability: int) -> dict[str, Any]:
+def compile_case(case: Case | Views, capability: int) -> dict[str, Any]:
     """The kernels that `case` launches, compiled for `capability`."""
+    return _compile_views(case, capability) if isinstance(case, Views) else _compile_loss(case, capability)
+
+
+def _compile_views(case: Views, capability: int) -> dict[str, Any]:
+    from kernels import augment_triton
+    from kernels.augment import new_views
+    from kernels.augment_table import WIDTH
+
+    images = torch.zeros((2, case.H, case.W, case.C), dtype=torch.uint8)
+    table, statistics = torch.zeros((4, WIDTH), dtype=torch.int32), torch.zeros(6)
+    out = new_views(4, case.S, torch.bfloat16, images.device)
+    with _compiling(capability) as kernels:
+        augment_triton.launch(images, table, statistics, out, blur=case.blur)
+    return kernels
+
+
+def _compile_loss(case: Case, capability: int) -> dict[str, Any]:
     from kernels import mutual_triton
 
     def view(D: int) -> torch.Tensor:
@@ -130,7 +162,10 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
 
 
 def measure(kernel: Any) -> dict[str, Any]:
-    """Registers and spilled bytes a thread, shared bytes a program, and the inner loops of one compiled kernel."""
+    """Registers and spilled bytes a thread, shared bytes a program, and the inner loops of one compiled kernel.
+
+    A kernel of views is one loop: all of it.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -138,13 +173,15 @@ def measure(kernel: Any) -> dict[str, Any]:
         listing = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
+    whole = kernel.metadata.name in ("_views_kernel", "_blur_kernel")
+    loops = [Counter(map(_opcode, _instructions(listing)))] if whole else _inner_loops(listing)
     return {
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,
-        "loops": sorted([sum(loop.values()), loop["MUFU"]] for loop in _inner_loops(listing)),
+        "loops": sorted([sum(loop.values()), loop["MUFU"]] for loop in loops),
     }
 
 
@@ -154,6 +191,10 @@ def _tool(name: str, *arguments: str) -> str:
 
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(listing: str) -> list[str]:
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", listing, re.MULTILINE)
 
 
 def _inner_loops(listing: str) -> list[Counter[str]]:

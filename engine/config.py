@@ -23,6 +23,7 @@ from engine.optimizer_config import LAYERWISE, Fraction, NonNegative, OptimizerC
 Range = tuple[NonNegative, NonNegative]
 
 SHARDED = ("webdataset", "tfrecord")
+CAPTURABLE = ("adam", "adamw", "sgd", "lars")  # optimizers that a CUDA graph can hold
 ENCODED = ("tiny-imagenet", "folder", *SHARDED)  # data sets of encoded images, a file or a record each
 
 
@@ -111,9 +112,13 @@ class DataConfig(Section):
     cannot be written."""
     shards: Annotated[int, Field(gt=0)] | None = None
     """How many training shards there must be (webdataset, tfrecord); left out: as many as their names tell."""
-    loader: Literal["torchvision", "dali"] = "torchvision"
+    loader: Literal["torchvision", "dali", "resident"] = "torchvision"
     """torchvision: worker processes, any data set; dali: NVIDIA DALI, on the GPU where there is one, for folders and
-    shards.  Both give the same crops and colours of the same images in the same order."""
+    shards; resident: the whole data set in memory, the GPU's where there is one, for images of one size.  All give the
+    same crops and colours of the same images in the same order."""
+    resident_gib: Positive | None = None
+    """resident: the most of the GPU's memory that images may take, in GiB; a larger data set stays in the host's, from
+    where each batch is copied.  Left out: half of what is free when the run starts."""
     image_size: Annotated[int, Field(ge=8)] | None = None
     """Side of a view in pixels; left out: the data set's own (32, 32, 96, 64; folders and shards 224)."""
     batch_size: Annotated[int, Field(ge=2)] = 256
@@ -144,6 +149,11 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.loader: dali decodes files, and {self.dataset} is one array; use data.loader=torchvision, or "
                 f"data.dataset one of {', '.join(ENCODED)}"
+            )
+        if self.resident_gib is not None and self.loader != "resident":
+            raise ValueError(
+                f"data.resident_gib: {self.resident_gib} with data.loader={self.loader}, which keeps no images; "
+                "unset it"
             )
         if self.shards is not None and self.dataset not in SHARDED:
             raise ValueError(
@@ -196,6 +206,8 @@ class EngineConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 (autocast; weights stay fp32) on a GPU, fp32 on a CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    capture: bool = False
+    """The training step as CUDA graphs, on one GPU at zero_stage 0: the same run with less work for the host."""
     sync_bn: bool = True
     """BatchNorm statistics over the global batch of all ranks."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -241,6 +253,8 @@ class Config(Section):
     def _consistent(self) -> Config:
         if len(self.peers) == 1 and self.distill is not None:
             raise ValueError("distill: needs two peers to distil between, found one; leave the section out")
+        if self.engine.capture:
+            self._capturable()
         names = [peer.name for peer in self.peers]
         if len(set(names)) < len(names):
             raise ValueError(f"peers: names must differ, found {', '.join(names)}")
@@ -253,6 +267,23 @@ class Config(Section):
                     "use engine.zero_stage=0, or adam, adamw or sgd"
                 )
         return self
+
+    def _capturable(self) -> None:
+        if self.engine.zero_stage > 0:
+            raise ValueError(
+                f"engine.capture: takes engine.zero_stage=0, found {self.engine.zero_stage}; use engine.capture=false"
+            )
+        if self.engine.deepspeed.get("gradient_clipping"):
+            raise ValueError(
+                "engine.capture: DeepSpeed's gradient_clipping waits for the device, which a CUDA graph cannot; use "
+                "engine.capture=false, or leave engine.deepspeed.gradient_clipping out"
+            )
+        for i, peer in enumerate(self.peers):
+            if peer.optimizer.name not in CAPTURABLE:
+                raise ValueError(
+                    f"engine.capture: peers.{i}.optimizer.name={peer.optimizer.name} cannot be captured; allowed: "
+                    f"{', '.join(CAPTURABLE)}; or use engine.capture=false"
+                )
 
     def resolved(self) -> dict[str, Any]:
         """Plain values of every field, as written to config.yaml."""

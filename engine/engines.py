@@ -50,6 +50,8 @@ def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,  # SGD; what would be wrong (LARS, LAMB) config.py refuses
+        # Its throughput timer waits for the device twice a step (0.19.8, utils/timer.py); metrics.py has its own.
+        "timers": {"throughput": {"enabled": False}},
         # An empty list keeps gradients in fp32 on the wire; the default sends those of convolutions as bf16.
         "torch_autocast": {"lower_precision_safe_modules": []},
     }
@@ -178,13 +180,19 @@ class PeerEngine:
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Takes what `optimizer_state` gave on the same rank of a run of the same size."""
         if self.zero_stage == 0:
-            self.optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict({**state, "param_groups": self._own_kernels(state["param_groups"])})
             return
         live = {key: value for key, value in self.optimizer.state_dict().items() if key in _LIVE_OBJECTS}
         every_rank: list[Any] = [None] * self.ranks.world
         every_rank[self.ranks.rank] = {**state, **live}
         zero: Any = self.optimizer
         zero.load_state_dict(every_rank, load_optimizer_states=True, load_from_fp32_weights=True)
+
+    def _own_kernels(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved groups with the flags of this device's kernels: a run on a GPU may go on on a CPU."""
+        flags = ("fused", "foreach", "capturable")
+        own = [{key: group[key] for key in flags if key in group} for group in self.optimizer.param_groups]
+        return [{**group, **kept} for group, kept in zip(saved, own, strict=True)]
 
     def _full_parameters(self, *, write: bool) -> AbstractContextManager:
         if self.zero_stage < 3:
@@ -236,7 +244,9 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
         if cfg.engine.sync_bn:
             peer = convert_sync_bn(peer, ranks)  # before initialize: afterwards DeepSpeed holds the old modules
         with _keyed(i):
-            optimizer = build_optimizer(peer, peer_cfg.optimizer, batch_size=cfg.data.batch_size)
+            # ZeRO >= 1 gives the optimizer flat pieces of its own.
+            fused = ranks.device.type == "cuda" and cfg.engine.zero_stage == 0
+            optimizer = build_optimizer(peer, peer_cfg.optimizer, batch_size=cfg.data.batch_size, fused=fused)
         try:
             engine, *_ = deepspeed.initialize(
                 model=peer, optimizer=optimizer, config=settings, dist_init_required=False
@@ -249,5 +259,7 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
             # After initialize, whose broadcast refuses such weights (0.19.8); ZeRO >= 1 keeps weights in flat buffers,
             # which have no such order.
             engine.module.to(memory_format=torch.channels_last)
+            # Alone there is nothing to average, and DeepSpeed would copy all gradients into one buffer and back.
+            engine.enable_backward_allreduce = ranks.world > 1
         engines.append(PeerEngine(peer_cfg.name, engine, ranks))
     return engines

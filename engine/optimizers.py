@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config import Config, ConfigError
 from engine.optimizer_config import OptimizerConfig
@@ -17,7 +17,9 @@ from engine.optimizer_config import OptimizerConfig
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(module: nn.Module, cfg: OptimizerConfig, *, batch_size: int) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, cfg: OptimizerConfig, *, batch_size: int, fused: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer of one peer by its name, at the rate that `base_rate` gives the global batch.
 
     With g the gradient, wd the weight decay and m, v Adam's bias-corrected moments:
@@ -32,17 +34,20 @@ def build_optimizer(module: nn.Module, cfg: OptimizerConfig, *, batch_size: int)
     apex.fused_sgd, apex.fused_adam and apex.fused_lamb compute what sgd, adam and lamb do.  None clips gradients:
     engine.deepspeed.gradient_clipping does.
 
+    `fused`: adam, adamw and sgd of weights on a GPU as one kernel, which a CUDA graph can hold.
+
     Raises ConfigError for an apex optimizer that cannot run, or that would be silently wrong.
     """
     groups = parameter_groups(module, cfg)
     common: dict[str, Any] = {"lr": base_rate(cfg, batch_size), "weight_decay": cfg.weight_decay}
+    one_kernel: dict[str, Any] = {"fused": True, "capturable": True} if fused else {}
     match cfg.name:
         case "adam":
-            return torch.optim.Adam(groups, betas=cfg.betas, **common)
+            return torch.optim.Adam(groups, betas=cfg.betas, **common, **one_kernel)
         case "adamw":
-            return torch.optim.AdamW(groups, betas=cfg.betas, **common)
+            return torch.optim.AdamW(groups, betas=cfg.betas, **common, **one_kernel)
         case "sgd":
-            return torch.optim.SGD(groups, momentum=cfg.momentum, **common)
+            return torch.optim.SGD(groups, momentum=cfg.momentum, fused=fused or None, **common)
         case "lars":
             from kernels import Lars
 
@@ -209,6 +214,10 @@ def learning_rate(cfg: OptimizerConfig, step: int, *, steps: int, steps_per_epoc
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of every group."""
+    """Sets the rate of every group; one that a CUDA graph reads keeps its memory."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        held = group["lr"]
+        if isinstance(held, Tensor) and held.is_cuda:
+            held.fill_(lr)
+        else:
+            group["lr"] = lr

@@ -17,6 +17,7 @@ from engine.data.dali_graph import require_dali
 from engine.data.dali_loader import DaliLoader
 from engine.data.dataset import DataError
 from engine.data.order import Batch, BatchOrder
+from engine.data.resident_loader import ResidentLoader
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import TorchLoader
 from engine.distributed import (
@@ -28,14 +29,15 @@ from engine.distributed import (
     gather_objects,
     seed_everything,
 )
-from engine.engines import build_engines
+from engine.engines import build_engines, precision_of
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
-from engine.objectives import PeerLoss, Views, peer_losses
-from engine.optimizers import learning_rate, set_learning_rate
+from engine.objectives import PeerLoss, Views
+from engine.optimizers import learning_rate
 from engine.probe import KnnProbe
+from engine.step import CapturedStep, Finite, Step, check_capture
 
 MAX_AUTO_WORKERS = 8
-LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader}
+LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader, "resident": ResidentLoader}
 
 
 class NonFiniteLoss(RuntimeError):
@@ -58,6 +60,7 @@ class Trainer:
         self.cfg, self.ranks = cfg, ranks
         self.folder: Path = cfg.run.output_dir
         # What needs no data comes first: a slip in the configuration must not cost a download.
+        check_capture(cfg, ranks)
         if cfg.data.loader == "dali":
             everyone_does(ranks, require_dali)  # a rank that lacks it must not leave the others waiting
         self.resume_point = first_rank_does(ranks, lambda: run_dir.resume_point(cfg, ranks.world))
@@ -66,6 +69,7 @@ class Trainer:
         self.engines = everyone_does(ranks, lambda: build_engines(cfg, ranks, self.size))
         everyone_does(ranks, self._open_data)
         everyone_does(ranks, self._check_same_data)
+        self.step = self._build_step()
         self.meters = Meters()
 
     def _open_data(self) -> None:
@@ -75,13 +79,12 @@ class Trainer:
         dataset = open_split(cfg.data, "train")
         assert dataset is not None
         self.skipped = SkippedImages(ranks)
-        self.per_peer_views = cfg.data.views == "per_peer"
         self.order = BatchOrder(
             dataset, batch_size=cfg.data.batch_size, seed=cfg.run.seed, ranks=ranks, last_batch=cfg.data.last_batch
         )
         self.loader = LOADERS[cfg.data.loader](
-            dataset, policy, self.order, views=2 * len(cfg.peers) if self.per_peer_views else 2,
-            workers=workers, ranks=ranks, skipped=self.skipped,
+            dataset, policy, self.order, views=2 * len(cfg.peers) if cfg.data.views == "per_peer" else 2,
+            workers=workers, ranks=ranks, skipped=self.skipped, **self._loader_options(),
         )  # fmt: skip
         self.knn = KnnProbe(
             cfg.data, cfg.eval.knn, policy, workers=workers, ranks=ranks, skipped=self.skipped,
@@ -95,6 +98,13 @@ class Trainer:
                 *self.resume_point, steps=self.steps, data=self.data, loader=self.loader.fingerprint()
             )
 
+    def _loader_options(self) -> dict[str, Any]:
+        if self.cfg.data.loader != "resident":
+            return {}
+        bf16 = precision_of(self.cfg, self.ranks.device) == "bf16"
+        # What autocast would make of the views first.
+        return {"dtype": torch.bfloat16 if bf16 else torch.float32, "limit_gib": self.cfg.data.resident_gib}
+
     def _check_same_data(self) -> None:
         """Raises DataError on every rank: one has other images, or other views of them, than the first."""
         found = gather_objects(self.ranks, (self.data, self.loader.fingerprint()))
@@ -104,6 +114,13 @@ class Trainer:
                     f"data.root: rank {rank} has other data than rank 0: {' by '.join(own)}, and rank 0 has "
                     f"{' by '.join(found[0])}; give all ranks the same files and the same software"
                 )
+
+    def _build_step(self) -> Step:
+        if not self.cfg.engine.capture:
+            return Step(self.cfg, self.engines, self.ranks.group)
+        # Only views that lie in the same memory in every step can be made inside of the graph.
+        make_views = self.loader.leave_launch() if isinstance(self.loader, ResidentLoader) else None
+        return CapturedStep(self.cfg, self.engines, self.ranks.group, make_views=make_views)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -144,29 +161,24 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, Any]:
         """One step and what is due after it; returns what the progress bar shows anew."""
         self.rng = checkpoint.device_rng()
-        embeddings = self._forward(batch.views)
-        losses = peer_losses(self.cfg, embeddings, self.ranks.group)
-        finite = _Finite([loss.loss for loss in losses])
-        for engine, loss in zip(self.engines, losses, strict=True):
-            engine.backward(loss.loss)
+        forward = self.step.forward(batch.views)
+        finite = Finite(forward.finite)
+        self.step.backward(forward)
         if not finite.wait():
-            self._stop_non_finite(batch, losses)
-        self._optimize(batch.step)
-        self.meters.add(self._scalars(losses))
-        return self._after(batch.step + 1, embeddings)
+            self._stop_non_finite(batch, forward.losses)
+        self.step.optimize(self._rates(batch.step))
+        self.meters.add(self._scalars(forward.losses))
+        return self._after(batch.step + 1, forward.embeddings)
 
-    def _forward(self, views: list[Tensor]) -> list[Views]:
-        own = [views[2 * p : 2 * p + 2] if self.per_peer_views else views for p in range(len(self.engines))]
-        return [engine.embed(x, y) for engine, (x, y) in zip(self.engines, own, strict=True)]
-
-    def _optimize(self, step: int) -> None:
-        for engine, peer in zip(self.engines, self.cfg.peers, strict=True):
-            lr = learning_rate(
+    def _rates(self, step: int) -> list[float]:
+        """The learning rate of each peer."""
+        return [
+            learning_rate(
                 peer.optimizer, step,
                 steps=self.steps, steps_per_epoch=self.order.steps_per_epoch, batch_size=self.cfg.data.batch_size,
-            )  # fmt: skip
-            set_learning_rate(engine.optimizer, lr)
-            engine.step()
+            )
+            for peer in self.cfg.peers
+        ]  # fmt: skip
 
     # -- what is due after some steps ------------------------------------------------------------------------------
 
@@ -250,27 +262,3 @@ class Trainer:
         return run_dir.write_summary(
             self.folder, self.cfg, steps=self.steps, seconds=self.wall.read(), train_seconds=self.training.read()
         )
-
-
-class _Finite:
-    """Whether losses are finite, read back while the GPU is busy.
-
-    The flag starts its way to the host before the backward passes are launched, and is waited for after: by then it has
-    long arrived, so the device never idles, and the optimizer is not launched on a loss that is not finite.
-    """
-
-    def __init__(self, losses: list[Tensor]) -> None:
-        flag = torch.stack([loss.detach().isfinite() for loss in losses]).all()
-        self._arrived = None
-        if flag.is_cuda:
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._flag.copy_(flag, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._flag = flag
-
-    def wait(self) -> bool:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return bool(self._flag)

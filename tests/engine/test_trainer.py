@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import engine.trainer as trainer_module
 from engine import checkpoint, distributed, train
 from engine.config import parse_config
-from engine.trainer import NonFiniteLoss, Trainer, _Finite
+from engine.trainer import NonFiniteLoss, Trainer
 
 
 def fit(plain: dict[str, Any]) -> dict[str, Any]:
@@ -252,33 +252,3 @@ def test_a_non_finite_loss_stops_every_rank_before_the_optimizer(settings, tmp_p
     settings["run"].update(resume=str(folder), output_dir=str(tmp_path / "replay"))
     replayed = run_ranks(stop, world, settings)[0][0]
     assert f"the loss of step {step + 1} is not finite" in replayed
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"), [((1.0, 2.0), True), ((1.0, math.nan), False), ((math.inf, 1.0), False)]
-)
-def test_finite(values, expected):
-    assert _Finite([torch.tensor(v, requires_grad=True) for v in values]).wait() is expected
-
-
-@pytest.mark.gpu
-def test_a_step_waits_for_nothing_but_its_own_flag():
-    """Forward, losses, flag and meters on the GPU under torch's guard against hidden synchronisation."""
-    from engine.metrics import Meters
-    from kernels import mutual_loss
-
-    z = [torch.randn(64, 32, device="cuda", requires_grad=True) for _ in range(4)]
-    meters = Meters()
-    mutual_loss(*z)  # first use may load libraries
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            losses = mutual_loss(*z)
-            flag = _Finite([losses.loss_a, losses.loss_b])
-            (losses.loss_a + losses.loss_b).backward()
-            assert flag.wait()
-            meters.add({"loss": losses.loss_a})
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert math.isfinite(meters.read()["loss"])

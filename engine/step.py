@@ -1,0 +1,208 @@
+"""One training step in three parts: views -> losses, gradients, optimizers; launched one by one, or as CUDA graphs.
+
+A captured step replays what the same functions launched when it was captured, so it computes what an uncaptured one
+does; what it saves is the host's time for some thousand launches.  Each peer's networks stand on a branch of their own
+in the graphs: where one peer's kernels leave the device half empty, the other's run beside them.
+
+Three graphs instead of one, so that the host can look at the losses while the gradients are computed, and launch no
+optimizer on one that is not finite.  DeepSpeed's part of a step at ZeRO 0 on one GPU is plain Python around the same
+kernels and is captured with them; its own step counters then stand still, which nothing here reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.config import Config, ConfigError
+from engine.distributed import Ranks
+from engine.engines import PeerEngine
+from engine.objectives import PeerLoss, Views, peer_losses
+from engine.optimizers import set_learning_rate
+
+WARM_UP = 3  # steps before the capture: libraries load, and optimizers make their state
+
+T = TypeVar("T")
+
+
+class Losses(NamedTuple):
+    """What the forward part of a step gives."""
+
+    embeddings: list[Views]  # of each peer
+    losses: list[PeerLoss]
+    finite: Tensor  # 0-D bool, on the device
+
+
+class Step:
+    """The parts of a step, launched one by one."""
+
+    def __init__(self, cfg: Config, engines: Sequence[PeerEngine], group: dist.ProcessGroup | None) -> None:
+        self.cfg, self.engines, self.group = cfg, engines, group
+        self._per_peer = cfg.data.views == "per_peer"
+
+    def forward(self, views: list[Tensor]) -> Losses:
+        """The losses of the batch; `views`: [n, 3, S, S] each, two a peer, or two for all."""
+        return self._losses(self._each(lambda p: self._embed(p, views)))
+
+    def backward(self, losses: Losses) -> None:
+        """The gradients of each peer."""
+        self._each(lambda p: self.engines[p].backward(losses.losses[p].loss))
+
+    def optimize(self, rates: Sequence[float]) -> None:
+        """One optimizer step of each peer, at its learning rate."""
+        self._set_rates(rates)
+        self._each(lambda p: self.engines[p].step())
+
+    def _each(self, work: Callable[[int], T]) -> list[T]:
+        """Does something for each peer."""
+        return [work(p) for p in range(len(self.engines))]
+
+    def _embed(self, p: int, views: list[Tensor]) -> Views:
+        x, y = views[2 * p : 2 * p + 2] if self._per_peer else views
+        return self.engines[p].embed(x, y)
+
+    def _losses(self, embeddings: list[Views]) -> Losses:
+        losses = peer_losses(self.cfg, embeddings, self.group)
+        finite = torch.stack([loss.loss.detach().isfinite() for loss in losses]).all()
+        return Losses(embeddings, losses, finite)
+
+    def _set_rates(self, rates: Sequence[float]) -> None:
+        for engine, rate in zip(self.engines, rates, strict=True):
+            set_learning_rate(engine.optimizer, rate)
+
+
+class CapturedStep(Step):
+    """The same, as CUDA graphs from step WARM_UP on.
+
+    `make_views` launches what fills the tensors that `forward` is given, which are the same in every step; without it
+    their content is copied into the graphs' own.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        engines: Sequence[PeerEngine],
+        group: dist.ProcessGroup | None,
+        *,
+        make_views: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(cfg, engines, group)
+        self._make_views = make_views
+        self._stream = torch.cuda.Stream()
+        self._branches = [torch.cuda.Stream() for _ in engines]
+        self._done = 0
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def forward(self, views: list[Tensor]) -> Losses:
+        if self._done == WARM_UP:
+            self._capture(views)
+        self._done += 1
+        if not self._graphs:
+            with self._aside():
+                return self._from_views(views)
+        if self._make_views is None:
+            torch._foreach_copy_(self._inputs, views)
+        self._graphs[0].replay()
+        return self._captured
+
+    def backward(self, losses: Losses) -> None:
+        if self._graphs:
+            self._graphs[1].replay()
+            return
+        with self._aside():
+            super().backward(losses)
+
+    def optimize(self, rates: Sequence[float]) -> None:
+        if self._graphs:
+            self._set_rates(rates)
+            self._graphs[2].replay()
+            return
+        with self._aside():
+            super().optimize(rates)
+
+    def _from_views(self, views: list[Tensor]) -> Losses:
+        if self._make_views is not None:
+            self._make_views()
+        return super().forward(views)
+
+    def _each(self, work: Callable[[int], T]) -> list[T]:
+        """Each peer on its branch; what it makes, the others may use behind this."""
+        trunk, results = torch.cuda.current_stream(), []
+        for p, branch in enumerate(self._branches):
+            branch.wait_stream(trunk)
+            with torch.cuda.stream(branch):
+                results.append(work(p))
+        for branch in self._branches:
+            trunk.wait_stream(branch)
+        return results
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On the stream of the capture, behind and before what is launched elsewhere."""
+        outside = torch.cuda.current_stream()
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            yield
+        outside.wait_stream(self._stream)
+
+    def _capture(self, views: list[Tensor]) -> None:
+        """Captures the three parts, in the order in which they are replayed; nothing of it runs."""
+        inputs = views if self._make_views is not None else [torch.empty_like(view) for view in views]
+        for engine in self.engines:
+            for group in engine.optimizer.param_groups:
+                # In memory, where the graph reads it: a number would be captured as it is now.
+                group["lr"] = torch.tensor(float(group["lr"]), device=views[0].device)
+        pool = torch.cuda.graph_pool_handle()
+
+        def graph_of(part: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: the loader's thread may wait for events of its own meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                made = part()
+            return graph, made
+
+        forward, losses = graph_of(lambda: self._from_views(inputs))
+        backward, _ = graph_of(lambda: super(CapturedStep, self).backward(losses))
+        step, _ = graph_of(lambda: self._each(lambda p: self.engines[p].step()))
+        self._inputs, self._captured, self._graphs = inputs, losses, [forward, backward, step]
+
+
+def check_capture(cfg: Config, ranks: Ranks) -> None:
+    """Raises ConfigError where `engine.capture` is set and the step cannot be captured on this machine."""
+    if not cfg.engine.capture:
+        return
+    if ranks.device.type != "cuda":
+        raise ConfigError(
+            f"engine.capture: a CUDA graph needs a GPU, found device {ranks.device.type}; use engine.capture=false"
+        )
+    if ranks.world > 1:
+        raise ConfigError(f"engine.capture: takes one GPU, found {ranks.world} ranks; use engine.capture=false")
+
+
+class Finite:
+    """Whether losses are finite, read back while the GPU is busy.
+
+    The flag starts its way to the host before the backward passes are launched, and is waited for after: by then it has
+    long arrived, so the device never idles, and the optimizer is not launched on a loss that is not finite.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._arrived: Any = None
+        if flag.is_cuda:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._flag.copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._flag = flag
+
+    def wait(self) -> bool:
+        """The answer."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._flag)

@@ -1,0 +1,244 @@
+"""The parts of a step, and the step as CUDA graphs: the same run as without."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from engine import distributed
+from engine.config import ConfigError, parse_config
+from engine.distributed import Ranks
+from engine.step import WARM_UP, CapturedStep, Finite, check_capture
+from engine.trainer import NonFiniteLoss, Trainer
+
+# -- captured
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """This process's GPU, with convolutions that give the same sums every time."""
+    torch.backends.cudnn.deterministic = True
+    yield distributed.start()
+    distributed.stop()
+    torch.backends.cudnn.deterministic = False
+
+
+class Recorded(Trainer):
+    """A trainer that keeps the losses of every step."""
+
+    def _scalars(self, losses):
+        values = super()._scalars(losses)
+        self.history = [*getattr(self, "history", []), {key: float(value) for key, value in values.items()}]
+        return values
+
+
+def trained(plain: dict[str, Any], ranks: Ranks, name: str, **changes: dict[str, Any]) -> Recorded:
+    """A finished run of the configuration with changes to its sections."""
+    tree = {key: {**section, **changes.get(key, {})} if key != "peers" else section for key, section in plain.items()}
+    tree["run"]["output_dir"] += f"-{name}"
+    trainer = Recorded(parse_config(tree), ranks)
+    trainer.fit()
+    return trainer
+
+
+def is_captured(trainer: Trainer) -> bool:
+    return isinstance(trainer.step, CapturedStep) and bool(trainer.step._graphs)
+
+
+def assert_same(one: Recorded, other: Recorded) -> None:
+    assert len(one.history) == len(other.history)
+    for step, (a, b) in enumerate(zip(one.history, other.history, strict=True)):
+        assert a == b, step
+    for engine, its in zip(one.engines, other.engines, strict=True):
+        its_weights = its.weights()
+        for key, value in engine.weights().items():
+            assert torch.equal(value, its_weights[key]), key
+
+
+OPTIMIZERS = [
+    {"name": "adam", "lr": 1e-3, "schedule": "cosine"},
+    {"name": "sgd", "lr": 0.05, "schedule": "cosine", "warmup_epochs": 1},
+    {"name": "adamw", "lr": 1e-3},
+    {"name": "lars", "lr": 0.1, "schedule": "cosine"},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o["name"])
+@pytest.mark.parametrize("loader", ["resident", "torchvision"])
+def test_a_captured_run_is_the_run_without(settings, gpu, loader, optimizer):
+    """20 steps over several epochs, with evaluations and a changing rate; fp32, so that nothing hides."""
+    settings["run"].update(steps=20, save_every_steps=7)
+    settings["data"].update(loader=loader, batch_size=16)
+    settings["eval"]["knn"]["every_steps"] = 6
+    for peer in settings["peers"]:
+        peer["optimizer"] = optimizer
+    settings["engine"] = {"precision": "fp32"}
+    settings["engine"]["capture"] = False
+    without = trained(settings, gpu, "without")
+    captured = trained(settings, gpu, "captured", engine={"capture": True})
+    assert is_captured(captured) and not is_captured(without)
+    assert_same(without, captured)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_in_bf16_and_shared_views(settings, gpu):
+    settings["run"]["steps"] = 12
+    settings["data"].update(loader="resident", batch_size=16, views="shared")
+    settings["engine"] = {"precision": "bf16"}
+    settings["engine"]["capture"] = False
+    without = trained(settings, gpu, "without")
+    captured = trained(settings, gpu, "captured", engine={"capture": True})
+    assert is_captured(captured)
+    assert_same(without, captured)
+
+
+@pytest.mark.gpu
+def test_one_peer_is_captured_too(settings, gpu):
+    settings["run"]["steps"] = 8
+    settings["data"].update(loader="resident", batch_size=16)
+    settings["peers"] = settings["peers"][:1]
+    settings["engine"] = {"precision": "fp32"}
+    settings["engine"]["capture"] = False
+    without = trained(settings, gpu, "without")
+    captured = trained(settings, gpu, "captured", engine={"capture": True})
+    assert is_captured(captured)
+    assert_same(without, captured)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_goes_on_from_a_checkpoint(settings, gpu):
+    settings["run"].update(steps=14, save_every_steps=7)
+    settings["data"].update(loader="resident", batch_size=16)
+    settings["engine"] = {"precision": "fp32", "capture": True}
+    whole = trained(settings, gpu, "whole")
+    half = str(whole.folder / "checkpoints" / "step_00000007")
+    resumed = trained(settings, gpu, "resumed", run={"resume": half})
+    assert is_captured(resumed) and len(resumed.history) == 7
+    whole.history = whole.history[7:]
+    assert_same(whole, resumed)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_stops_before_the_optimizer(settings, gpu):
+    """A rate that throws the weights out of range only behind the capture."""
+    settings["run"]["steps"] = 60
+    settings["data"].update(loader="resident", batch_size=16)
+    settings["engine"] = {"precision": "fp32", "capture": True}
+    for peer in settings["peers"]:
+        peer["optimizer"] = {"name": "sgd", "lr": 1e4}
+    trainer = Trainer(parse_config(settings), gpu)
+    with pytest.raises(NonFiniteLoss, match="is not finite"):
+        trainer.fit()
+    for engine in trainer.engines:
+        assert all(value.isfinite().all() for value in engine.module.parameters()), "the optimizer saw it"
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_waits_for_nothing_but_its_own_flag(settings, gpu):
+    settings["run"].update(steps=WARM_UP + 6, log_every_steps=1000)
+    settings["data"].update(loader="resident", batch_size=16)
+    settings["engine"] = {"capture": True}
+    trainer = Trainer(parse_config(settings), gpu)
+    step = trainer._step
+
+    def guarded(batch):
+        if WARM_UP + 1 <= batch.step < trainer.steps - 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer._step = guarded
+    trainer.fit()
+
+
+# -- what is refused
+
+
+def test_capture_needs_one_gpu(config, alone):
+    check_capture(config, alone)
+    capturing = config.model_copy(update={"engine": config.engine.model_copy(update={"capture": True})})
+    with pytest.raises(ConfigError, match="engine.capture: a CUDA graph needs a GPU, found device cpu"):
+        check_capture(capturing, alone)
+    two = Ranks(rank=0, world=2, local_rank=0, device=torch.device("cuda", 0), group=None)
+    with pytest.raises(ConfigError, match="engine.capture: takes one GPU, found 2 ranks"):
+        check_capture(capturing, two)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("engine", {"zero_stage": 1}, "engine.capture: takes engine.zero_stage=0, found 1"),
+        ("engine", {"deepspeed": {"gradient_clipping": 1.0}}, "engine.capture: DeepSpeed's gradient_clipping waits"),
+    ],
+)
+def test_what_cannot_be_captured(settings, section, change, message):
+    settings["engine"] = {"capture": True}
+    settings[section].update(change)
+    with pytest.raises(ConfigError, match=message):
+        parse_config(settings)
+
+
+def test_optimizers_that_cannot_be_captured(settings):
+    settings["engine"] = {"capture": True}
+    settings["peers"][1] = {**settings["peers"][1], "optimizer": {"name": "lamb", "lr": 1e-3}}
+    with pytest.raises(
+        ConfigError, match="engine.capture: peers.1.optimizer.name=lamb cannot be captured; allowed: adam"
+    ):
+        parse_config(settings)
+
+
+def refused(plain: dict[str, Any]) -> str:
+    ranks = distributed.start()
+    try:
+        Trainer(parse_config(plain), ranks)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        distributed.stop()
+    return "nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_a_run_says_so_before_any_work(settings):
+    settings["engine"] = {"capture": True}
+    assert "engine.capture: a CUDA graph needs a GPU" in run_ranks(refused, 1, settings)[0]
+
+
+# -- the flag
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [((1.0, 2.0), True), ((1.0, math.nan), False), ((math.inf, 1.0), False)]
+)
+def test_finite(values, expected):
+    flag = torch.tensor(values).isfinite().all()
+    assert Finite(flag).wait() is expected
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_but_its_own_flag():
+    """Forward, losses, flag and meters on the GPU under torch's guard against hidden synchronisation."""
+    from engine.metrics import Meters
+    from kernels import mutual_loss
+
+    z = [torch.randn(64, 32, device="cuda", requires_grad=True) for _ in range(4)]
+    meters = Meters()
+    mutual_loss(*z)  # first use may load libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            losses = mutual_loss(*z)
+            flag = Finite(torch.stack([losses.loss_a.detach(), losses.loss_b.detach()]).isfinite().all())
+            (losses.loss_a + losses.loss_b).backward()
+            assert flag.wait()
+            meters.add({"loss": losses.loss_a})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(meters.read()["loss"])
