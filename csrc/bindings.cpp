@@ -8,6 +8,7 @@
 #include "embeddings.h"
 #include "lars.h"
 #include "loss.h"
+#include "philox.h"
 
 namespace py = pybind11;
 
@@ -206,6 +207,19 @@ at::Tensor augment_views(
   return out;
 }
 
+py::array_t<double> philox_uniforms(
+    const std::array<uint64_t, 2>& key, const Rows<int64_t>& counters, uint64_t stream, int64_t count) {
+  TORCH_CHECK_VALUE(counters.ndim() == 1, "counters: [n] is expected, found ", counters.ndim(), " axes");
+  TORCH_CHECK_VALUE(count >= 0, "count: 0 or more is expected, found ", count);
+  py::array_t<double> out({counters.size(), static_cast<py::ssize_t>(count)});
+  const int64_t* first = counters.data();
+  double* numbers = out.mutable_data();
+  const int64_t n = counters.size();
+  py::gil_scoped_release release;
+  dogo::philox_uniforms(key, stream, first, n, count, numbers);
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -234,4 +248,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "augment_views", &augment_views, py::arg("images"), py::kw_only(), py::arg("source"), py::arg("box"),
       py::arg("flip"), py::arg("jitter"), py::arg("factors"), py::arg("order"), py::arg("grayscale"), py::arg("sigma"),
       py::arg("solarize"), py::arg("size"), py::arg("mean"), py::arg("std"), py::arg("out"));
+  m.def(
+      "philox_uniforms", &philox_uniforms, py::arg("key"), py::arg("counters"), py::kw_only(), py::arg("stream"),
+      py::arg("count"));
 }

@@ -212,7 +212,7 @@ class Trainer:
         row: dict[str, float] = {"epoch": done / self.order.steps_per_epoch, **self.meters.read()}
         for engine, (x, _) in zip(self.engines, embeddings, strict=True):
             row.update({f"{key}/{engine.name}": float(v) for key, v in collapse_indicators(x).items()})
-            row[f"lr/{engine.name}"] = engine.optimizer.param_groups[0]["lr"]
+            row[f"lr/{engine.name}"] = float(engine.optimizer.param_groups[0]["lr"])
         row["images_per_s"] = self._rate(done)
         self.skipped.share()
         row["skipped_images"] = self.rejected + len(self.skipped)

@@ -239,8 +239,8 @@ def _blurred(pixels: Tensor, table: Tensor) -> Tensor:
     radius = table[:, Column.RADIUS, None]
     inside, edge = (table[:, column, None, None, None] for column in (Column.INSIDE, Column.EDGE))
     place = torch.arange(S + 1, dtype=torch.int32, device=pixels.device)
-    # Q(j) is the sum up to pixel j.  `low` holds Q(y - radius - 2) and `high` Q(y + radius) of y from 0 to S, so that one
-    # place further on is what the box needs one pixel further out.
+    # Q(j) is the sum up to pixel j.  `low` holds Q(y - radius - 2) and `high` Q(y + radius) of y from 0 to S: one place
+    # further on is what the box needs one pixel further out.
     until = torch.cat((place - radius - 2, place + radius), dim=1)[:, None, None]
     nearest = until.clamp(0, S - 1).long().expand(-1, 3, S, -1)
     before, after = until.clamp(max=0), (until - (S - 1)).clamp(min=0)

@@ -22,6 +22,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode
 
 from engine.config import AugmentConfig
+from kernels.philox import philox_uniforms
 
 Array = NDArray[np.floating]
 Range = tuple[float, float]
@@ -176,7 +177,8 @@ def draw_views(
     policy: AugmentPolicy, *, seed: int, epoch: int, indices: NDArray[np.int64], sizes: NDArray[np.integer], views: int
 ) -> ViewParams:
     """Parameters of all views of n images (sizes [n, 2]: width, height), [views * n] rows, those of a view together."""
-    numbers = np.stack([uniforms(seed, epoch, int(i), views) for i in indices], axis=1)  # [views, n, K]
+    numbers = philox_uniforms((seed, epoch), indices, stream=0, count=views * UNIFORMS)  # as `uniforms` of each
+    numbers = numbers.reshape(len(indices), views, UNIFORMS).transpose(1, 0, 2)  # [views, n, K]
     width, height = np.tile(sizes, (views, 1)).T.astype(float)
     return policy.draw(numbers.reshape(-1, UNIFORMS), width, height)
 

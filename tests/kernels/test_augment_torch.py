@@ -213,6 +213,41 @@ def test_anything(height, width, size, seed, sigma):
     check([noise(height, width, seed), smooth(height, width)], source, params, size)
 
 
+# -- weights, of which bytes show the upper bits alone
+
+
+def weights_of(length, size):
+    """First source pixel and weights of each of `size`, one number after another as csrc/resample.cpp."""
+    step = length / size
+    reach = max(step, 1.0)
+    for i in range(size):
+        center = (i + 0.5) * step
+        first, end = max(int(center - reach + 0.5), 0), min(int(center + reach + 0.5), length)
+        exact = [max(1.0 - abs((x - center + 0.5) * (1.0 / reach)), 0.0) for x in range(first, end)]
+        total = 0.0
+        for weight in exact:
+            total += weight
+        yield first, [int(weight / total * (1 << augment_torch.WEIGHT_BITS) + 0.5) for weight in exact]
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 33, 224])
+def test_weights_to_the_last_bit(size):
+    lengths = [1, 2, 3, 5, 31, 32, 33, 40, 77, 100, 223, 301, 640, 999, 1501]
+    first, weights = augment_torch._taps(torch.tensor(lengths, dtype=torch.int32), size)
+    for j, length in enumerate(lengths):
+        for i, (wanted_first, wanted) in enumerate(weights_of(length, size)):
+            assert first[j, i] == wanted_first
+            found = weights[:, j, i].tolist()
+            assert found[: len(wanted)] == wanted and not any(found[len(wanted) :])
+
+
+def test_white_stays_white():
+    """Of thousands of weights, all may have been rounded upwards."""
+    weights = torch.tensor([1 << 21, (1 << 21) + 9000], dtype=torch.int32).view(2, 1, 1)
+    rows = torch.full((2, 5), 255, dtype=torch.uint8)
+    assert augment_torch._weighed(rows, torch.zeros((1, 1), dtype=torch.int64), weights).tolist() == [[[255] * 5]]
+
+
 # -- against the native core
 
 

@@ -265,7 +265,8 @@ def test_orders_of_elements(device, backend, case):
             wanted[i], v[i] = reference.lars_step(wanted[i], place(g, False).cpu(), v[i], lr=0.5, **OPTIONS)
         optimizer.step()
     assert_near(params, wanted)
-    assert_near([optimizer.state[p]["momentum_buffer"] for p in params], v)
+    # Two steps' roundings; sums of norms on one thread or on several differ.
+    assert_near([optimizer.state[p]["momentum_buffer"] for p in params], v, tolerance=4e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -83,7 +83,10 @@ def check_against_formula(exact, tau_contrast=0.5, tau_distill=0.1, weights=(0.4
     for g, e, r in zip(gradients(found[:2], inputs), exact_gradients, rounded_gradients, strict=True):
         error, rounding = (g.detach().cpu().double() - e).norm(), (r - e).norm()
         # 1e-12: where all embeddings are the same, the gradient is zero
-        assert error <= 2 * rounding + floor * e.norm() + 1e-12, (error, rounding, e.norm())
+        allowed = 2 * rounding + floor * e.norm() + 1e-12
+        if inputs[0].shape[1] == 1 or inputs[2].shape[1] == 1:  # zero after the projection, whose terms are 1 / |x|
+            allowed += floor / min(z.detach().norm(dim=1).min().item() for z in exact)
+        assert error <= allowed, (error, rounding, e.norm())
     with torch.no_grad():  # forward alone takes the KL's value in another pass
         alone = mutual_loss(
             *inputs, tau_contrast=tau_contrast, tau_distill=tau_distill, weights=weights, kl_reduction=reduction,
@@ -293,9 +296,10 @@ def test_views_that_are_not_contiguous():
     both = torch.stack((x.detach(), y.detach()), dim=2)  # [N, D, 2]
     strided = [both[:, :, 0].requires_grad_(), y.detach().T.contiguous().T.requires_grad_()]  # each in its own way
     found, wanted = (ntxent_loss(*z, backend="triton") for z in (strided, (x, y)))
-    assert torch.equal(found, wanted)
-    pairs = zip(torch.autograd.grad(found, strided), torch.autograd.grad(wanted, (x, y)), strict=True)
-    assert all(torch.equal(f, w) for f, w in pairs)
+    # On a GPU a layout of its own, and so another order of sums.
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    for f, w in zip(torch.autograd.grad(found, strided), torch.autograd.grad(wanted, (x, y)), strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-5, atol=1e-7)
     expanded = x.detach()[:1].expand(19, 6)
     assert ntxent_loss(expanded, y, backend="triton").isfinite()
 

@@ -1,0 +1,399 @@
+"""`python -m bench step`: source images a second of a whole DoGo step, against plain PyTorch.
+
+A step is everything that a run does for a batch: views of images on disk, both networks forward, the losses, both
+backward passes, both optimizers, meters and what is logged every so many steps; no evaluation, no checkpoints.
+`captured`, `engine` and `torchvision-loader` are this project's trainer, `reference` is bench/reference.py.
+
+Providers take turns, a slice of time each.  Loaders work ahead, so that one which waits for its turn has batches ready
+that cost its slice nothing: these are dropped first.  Worker processes started at the same time then deliver at the
+same time, so a slice counts whole rounds of them; and a turn begins when the workers of the one before have stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import harness
+from bench.harness import Failure, guarded
+from bench.reference import PREFETCH, VIEWS, Reference, cores
+from bench.rows import RESULTS, ROOT, Environment, Row, Stats, append_rows, environment, make_row
+from engine import distributed
+from engine.config import Config, load_config
+from engine.data.catalog import open_dataset
+from engine.data.dataset import ArrayDataset, DataError
+from engine.data.resident_loader import AHEAD
+from engine.data.torch_loader import CHUNK
+from engine.distributed import Ranks
+from engine.engines import precision_of
+from engine.metrics import Recorder
+from engine.trainer import MAX_AUTO_WORKERS, Trainer
+
+SIZE = 32
+CAPTURED, ENGINE, TORCHVISION, REFERENCE = "captured", "engine", "torchvision-loader", "reference"
+PROVIDERS = (CAPTURED, ENGINE, TORCHVISION, REFERENCE)
+WARM_UP = 6  # steps: libraries load, optimizers make their state, graphs are captured and replayed
+MOST_STEPS = 20_000  # of a run; none gets there
+ROUNDS, QUICK_ROUNDS = 5, 3
+SECONDS, QUICK_SECONDS = 7.5, 3.0  # of a provider in one case, all its slices together
+EPOCHS, EPOCH_IMAGES = 200, 50_000  # of the run whose time is told
+IDLE_S, MOST_IDLE_S = 0.1, 30.0
+
+
+class Preset(NamedTuple):
+    """What is measured unless told otherwise."""
+
+    config: str  # in configs/; networks, batch, loader and length are replaced
+    pairs: tuple[str, ...]
+    batches: tuple[int, ...]
+
+
+PRESETS = {
+    "cifar": Preset(
+        "cifar10_wrn16_wrn16.yaml", ("wrn-16-2+wrn-16-2", "wrn-16-2+resnet50", "resnet18+resnet18"), (256, 1024)
+    ),
+    "quickstart": Preset("quickstart.yaml", ("wrn-10-1+wrn-10-1",), (128,)),
+}
+
+
+class Case(NamedTuple):
+    """One pair of networks at one batch size."""
+
+    preset: str
+    pair: str
+    batch: int
+
+
+def configuration(case: Case, provider: str, folder: Path) -> Config:
+    """The preset's configuration with the case's networks and the provider's loader and step."""
+    a, b = case.pair.split("+")
+    loader = "torchvision" if provider == TORCHVISION else "resident"
+    changes = [
+        f"run.output_dir={folder}", "run.epochs=null", f"run.steps={MOST_STEPS}", "run.save_every_steps=null",
+        "run.resume=never", "eval.knn.every_steps=null", f"data.batch_size={case.batch}", f"data.loader={loader}",
+        f"engine.capture={str(provider == CAPTURED).lower()}", f"peers.0.backbone={a}", f"peers.1.backbone={b}",
+    ]  # fmt: skip
+    return load_config(ROOT / "configs" / PRESETS[case.preset].config, changes)
+
+
+# -- providers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """A provider: its batches, what trains on one, and how far its loader works ahead."""
+
+    batches: Iterator[Any]
+    train: Callable[[Any], object]
+    ahead: int  # batches that may lie ready
+    together: int  # batches that workers deliver at about the same time
+    close: Callable[[], None]
+
+    def step(self) -> None:
+        """One whole step."""
+        self.train(next(self.batches))
+
+    def drop_what_lies_ready(self) -> None:
+        """Of the pause; then a round with training, so that the clock starts in the middle of things."""
+        for _ in range(self.ahead):
+            next(self.batches)
+        for _ in range(self.together):
+            self.step()
+
+
+def training(case: Case, provider: str, images: np.ndarray, ranks: Ranks, folder: Path) -> Training:
+    """A provider, ready for its first step."""
+    cfg = configuration(case, provider, folder)
+    if provider != REFERENCE:
+        return _of_trainer(cfg, images, ranks)
+    torch.manual_seed(cfg.run.seed)
+    reference, workers = Reference(cfg, ranks.device, size=SIZE), cores()
+    batches = reference.batches(images, workers=workers)
+    return Training(batches, reference.step, ahead=PREFETCH * workers, together=workers, close=batches.close)
+
+
+def _of_trainer(cfg: Config, images: np.ndarray, ranks: Ranks) -> Training:
+    """What `Trainer.fit` does between its first evaluation and its end."""
+    with _trained_on(images):
+        trainer = Trainer(cfg, ranks)
+    trainer._resume()  # its clocks and its folder
+    trainer.recorder = Recorder(trainer.folder, enabled=True, from_step=0)
+    trainer.logged = (0, trainer.training.read())
+    trainer.training.start()
+    batches = trainer.loader.batches(0, trainer.steps)
+
+    def close() -> None:
+        batches.close()
+        trainer.recorder.close()
+
+    ahead = together = AHEAD
+    if cfg.data.loader == "torchvision":
+        chunks = min(cores(), MAX_AUTO_WORKERS)  # at a time
+        together, ahead = (-(-n * chunks * CHUNK // cfg.data.batch_size) for n in (1, PREFETCH))
+    return Training(batches, trainer._step, ahead, together, close)
+
+
+@contextmanager
+def _trained_on(images: np.ndarray) -> Iterator[None]:
+    """Trainers that are built meanwhile take these images, and have none to evaluate with."""
+
+    def opened(_: object, split: str) -> ArrayDataset | None:
+        return ArrayDataset("images", images, None) if split == "train" else None
+
+    with patch("engine.trainer.open_split", opened), patch("engine.probe.open_split", opened):
+        yield
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """The most GPU memory that one provider holds, others' left out; nothing on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device if device.type == "cuda" else None
+        self.peak = self._held = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While nobody else takes or gives back any."""
+        if self._gpu is None:
+            yield
+            return
+        before = torch.cuda.memory_allocated(self._gpu)
+        torch.cuda.reset_peak_memory_stats(self._gpu)
+        yield
+        torch.cuda.synchronize(self._gpu)
+        self.peak = max(self.peak, self._held + torch.cuda.max_memory_allocated(self._gpu) - before)
+        self._held += torch.cuda.memory_allocated(self._gpu) - before
+
+
+class Turns:
+    """A provider that has warmed up, and what its turns gave."""
+
+    def __init__(self, build: Callable[[], Training], batch: int, device: torch.device) -> None:
+        self.batch, self.device, self.memory = batch, device, Memory(device)
+        self.rates: list[float] = []  # source images a second, of each turn
+        with self.memory.watched():
+            self.training = build()
+            try:
+                for _ in range(WARM_UP):
+                    self.training.step()
+            except BaseException:
+                self.training.close()
+                raise
+
+    def take(self, seconds: float) -> None:
+        """One turn: steps for at least so long, whole rounds of the loader's workers."""
+        with self.memory.watched():
+            self.training.drop_what_lies_ready()
+            self._synchronize()
+            began, steps = time.perf_counter(), 0
+            while time.perf_counter() - began < seconds:
+                for _ in range(self.training.together):
+                    self.training.step()
+                steps += self.training.together
+            self._synchronize()
+            self.rates.append(steps * self.batch / (time.perf_counter() - began))
+        wait_for_workers()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def wait_for_workers() -> None:
+    """Until no child of this process computes: those of a loader have filled their queue."""
+    until, before = time.perf_counter() + MOST_IDLE_S, _seconds_of_children()
+    while time.perf_counter() < until:
+        time.sleep(IDLE_S)
+        now = _seconds_of_children()
+        if now <= before:
+            return
+        before = now
+
+
+def _seconds_of_children() -> float:
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def measure(
+    case: Case, providers: list[str], images: np.ndarray, ranks: Ranks, *, rounds: int, seconds: float
+) -> dict[str, Turns]:
+    """Every provider's turns, one after the other in each round; one that fails is named and leaves."""
+    running: dict[str, Turns] = {}
+
+    def kept(name: str, found: object) -> bool:
+        if isinstance(found, Failure):
+            print(f"{case.pair}, batch {case.batch}: {name}: left out: {found.reason}")
+        return not isinstance(found, Failure)
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in providers:
+                build = partial(training, case, name, images, ranks, Path(folder) / name)
+                turns = guarded(partial(Turns, build, case.batch, ranks.device))
+                wait_for_workers()
+                if kept(name, turns):
+                    assert isinstance(turns, Turns)
+                    running[name] = turns
+            for _ in range(rounds):
+                for name in list(running):
+                    if not kept(name, guarded(partial(running[name].take, seconds / rounds))):
+                        running.pop(name).training.close()
+        finally:
+            for turns in running.values():
+                turns.training.close()
+    return running
+
+
+def rows_of(case: Case, found: dict[str, Turns], env: Environment, precision: str) -> list[Row]:
+    """Rates and, on a GPU, peak memory."""
+    cell = {"pair": case.pair, "batch": case.batch, "size": SIZE, "views": VIEWS, "precision": precision}
+    rows = []
+    for name, turns in found.items():
+        rows.append(make_row(env, "step", cell, name, "images_per_s", harness.percentiles(turns.rates), None))
+        if peak := turns.memory.peak:
+            rows.append(make_row(env, "step", cell, name, "bytes", Stats(peak, peak, peak, len(turns.rates)), None))
+    return rows
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+COLUMNS = ("pair", "batch", "provider", "images/s", "p20 - p80", "vs reference", "MiB", f"{EPOCHS} epochs, min")
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """The rows as COLUMNS have them; the last is what so many epochs of CIFAR-10 take at this rate, on a GPU."""
+    found = {(row.case["pair"], row.case["batch"], row.provider, row.metric): row for row in rows}
+    lines = []
+    for (pair, batch, name, metric), row in found.items():
+        if metric != "images_per_s":
+            continue
+        plain, held = found.get((pair, batch, REFERENCE, metric)), found.get((pair, batch, name, "bytes"))
+        lines.append([
+            pair, str(batch), name, f"{row.p50:,.0f}", f"{row.p20:,.0f} - {row.p80:,.0f}",
+            "-" if plain is None else f"{row.p50 / plain.p50:.2f}x",
+            "-" if held is None else f"{held.p50 / 2**20:,.0f}",
+            "-" if row.driver is None else f"{EPOCHS * EPOCH_IMAGES / row.p50 / 60:.1f}",
+        ])  # fmt: skip
+    return lines
+
+
+def parse(argv: list[str], device: str) -> argparse.Namespace:
+    """The options, with the preset's values for those left out; `images` is the array.
+
+    Exits with 2: what is unknown, or images that are not there.
+    """
+    parser = argparse.ArgumentParser("python -m bench step", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cifar" if device == "cuda" else "quickstart")
+    parser.add_argument("--pairs", metavar="A+B,...", help="of the preset's; all by default")
+    parser.add_argument("--batches", metavar="N,...", help="source images of a batch; the preset's by default")
+    parser.add_argument(
+        "--providers", metavar="NAME,...", help=f"of {', '.join(PROVIDERS)}; all that this device has by default"
+    )
+    parser.add_argument("--seconds", type=float, help="of timed steps, each provider in each case")
+    parser.add_argument("--root", type=Path, default=ROOT / "data", help="holds CIFAR-10, or gets it")
+    parser.add_argument("--images", type=Path, metavar="FILE.npy", help=f"uint8 [N, {SIZE}, {SIZE}, 3] in its place")
+    parser.add_argument("--quick", action="store_true", help="the preset's first pair and batch alone, shorter")
+    parser.add_argument("--no-write", action="store_true", help="no rows")
+    options = parser.parse_args(argv)
+    preset = PRESETS[options.preset]
+    own = PROVIDERS if device == "cuda" else PROVIDERS[1:]
+    try:
+        options.pairs = _chosen(options.pairs, "--pairs", preset.pairs, preset.pairs[: 1 if options.quick else None])
+        options.providers = _chosen(options.providers, "--providers", PROVIDERS, own)
+        options.batches = _batches(options.batches) or preset.batches[: 1 if options.quick else None]
+        options.array = _images(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    options.rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    return options
+
+
+def _chosen(text: str | None, option: str, allowed: tuple[str, ...], default: tuple[str, ...]) -> list[str]:
+    """Names with commas between them, each once."""
+    names = list(default) if text is None else list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"argument {option}: {name!r} is unknown; allowed: {', '.join(allowed)}")
+    return names
+
+
+def _batches(text: str | None) -> list[int]:
+    parts = [] if text is None else text.split(",")
+    if not all(part.isdecimal() and int(part) >= 2 for part in parts):
+        raise ValueError(f"argument --batches: {text!r}: integers from 2 with commas between them are expected")
+    return [int(part) for part in parts]
+
+
+def _images(options: argparse.Namespace) -> np.ndarray:
+    """uint8 [N, SIZE, SIZE, 3]."""
+    if options.images is None:
+        dataset = open_dataset("cifar10", options.root, "train")
+        assert isinstance(dataset, ArrayDataset)
+        return dataset.images
+    images = np.load(options.images, mmap_mode="r")  # refuses pickles
+    if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
+        raise DataError(
+            f"argument --images: {options.images} holds {images.dtype} {list(images.shape)}; "
+            f"give uint8 [N, {SIZE}, {SIZE}, 3]"
+        )
+    return images
+
+
+def main(argv: list[str]) -> int:
+    """Measures, prints and appends rows; 1 where a provider gave no number."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = parse(argv, device)
+    # Rows say what was measured; where the images lie is this machine's affair.
+    places = {str(options.root): "DATA", str(options.images): "FILE.npy"}
+    env = environment(["step", *(places.get(argument, argument) for argument in argv)])
+    distributed.configure_logging(verbose=False)
+    measured: list[Row] = []
+    missing: list[str] = []
+    ranks = distributed.start()
+    with closing(_Stopped()):
+        for pair in options.pairs:
+            for batch in options.batches:
+                case = Case(options.preset, pair, batch)
+                found = measure(
+                    case, options.providers, options.array, ranks, rounds=options.rounds, seconds=options.seconds
+                )
+                missing += [f"{pair}, batch {batch}: {name}" for name in options.providers if name not in found]
+                precision = precision_of(configuration(case, REFERENCE, Path("-")), ranks.device)
+                rows = rows_of(case, found, env, precision)
+                measured += rows
+                if not options.no_write:
+                    append_rows(rows, RESULTS / env.folder / "step.jsonl")
+                del found
+                harness.release_memory()
+    table = Table(*COLUMNS, title=f"whole steps on {env.device_name}", title_justify="left")
+    for line in cells(measured):
+        table.add_row(*line)
+    Console(width=140).print(table)
+    for which in missing:
+        print(f"bench: {which} gave no number")
+    return 1 if missing else 0
