@@ -15,7 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,7 @@ def _of_trainer(cfg: Config, images: np.ndarray, ranks: Ranks) -> Training:
         batches.close()
         trainer.recorder.close()
 
-    ahead = together = AHEAD
+    ahead, together = AHEAD, 1
     if cfg.data.loader == "torchvision":
         chunks = min(cores(), MAX_AUTO_WORKERS)  # at a time
         together, ahead = (-(-n * chunks * CHUNK // cfg.data.batch_size) for n in (1, PREFETCH))
@@ -243,29 +243,30 @@ def measure(
 ) -> dict[str, Turns]:
     """Every provider's turns, one after the other in each round; one that fails is named and leaves."""
     running: dict[str, Turns] = {}
-
-    def kept(name: str, found: object) -> bool:
-        if isinstance(found, Failure):
-            print(f"{case.pair}, batch {case.batch}: {name}: left out: {found.reason}")
-        return not isinstance(found, Failure)
-
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name in providers:
                 build = partial(training, case, name, images, ranks, Path(folder) / name)
                 turns = guarded(partial(Turns, build, case.batch, ranks.device))
-                wait_for_workers()
-                if kept(name, turns):
-                    assert isinstance(turns, Turns)
+                if isinstance(turns, Failure):
+                    _report(case, name, turns)
+                else:
                     running[name] = turns
-            for _ in range(rounds):
-                for name in list(running):
-                    if not kept(name, guarded(partial(running[name].take, seconds / rounds))):
-                        running.pop(name).training.close()
+                wait_for_workers()
+            for name in providers * rounds:
+                taken = guarded(partial(running[name].take, seconds / rounds)) if name in running else None
+                if isinstance(taken, Failure):
+                    _report(case, name, taken)
+                    running.pop(name).training.close()
+                    harness.release_memory()
         finally:
             for turns in running.values():
                 turns.training.close()
     return running
+
+
+def _report(case: Case, name: str, failure: Failure) -> None:
+    print(f"{case.pair}, batch {case.batch}: {name}: left out: {failure.reason}")
 
 
 def rows_of(case: Case, found: dict[str, Turns], env: Environment, precision: str) -> list[Row]:
@@ -296,7 +297,7 @@ def cells(rows: list[Row]) -> list[list[str]]:
             pair, str(batch), name, f"{row.p50:,.0f}", f"{row.p20:,.0f} - {row.p80:,.0f}",
             "-" if plain is None else f"{row.p50 / plain.p50:.2f}x",
             "-" if held is None else f"{held.p50 / 2**20:,.0f}",
-            "-" if row.driver is None else f"{EPOCHS * EPOCH_IMAGES / row.p50 / 60:.1f}",
+            "-" if held is None else f"{EPOCHS * EPOCH_IMAGES / row.p50 / 60:.1f}",
         ])  # fmt: skip
     return lines
 
@@ -308,7 +309,7 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser("python -m bench step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cifar" if device == "cuda" else "quickstart")
-    parser.add_argument("--pairs", metavar="A+B,...", help="of the preset's; all by default")
+    parser.add_argument("--pairs", metavar="A+B,...", help="of the preset; all by default")
     parser.add_argument("--batches", metavar="N,...", help="source images of a batch; the preset's by default")
     parser.add_argument(
         "--providers", metavar="NAME,...", help=f"of {', '.join(PROVIDERS)}; all that this device has by default"
@@ -326,7 +327,7 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
         options.providers = _chosen(options.providers, "--providers", PROVIDERS, own)
         options.batches = _batches(options.batches) or preset.batches[: 1 if options.quick else None]
         options.array = _images(options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:  # a DataError is one
         parser.error(str(error))
     options.rounds = QUICK_ROUNDS if options.quick else ROUNDS
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
@@ -355,7 +356,10 @@ def _images(options: argparse.Namespace) -> np.ndarray:
         dataset = open_dataset("cifar10", options.root, "train")
         assert isinstance(dataset, ArrayDataset)
         return dataset.images
-    images = np.load(options.images, mmap_mode="r")  # refuses pickles
+    try:
+        images = np.load(options.images, mmap_mode="r")  # refuses pickles
+    except (OSError, ValueError) as error:
+        raise DataError(f"argument --images: {options.images}: no array can be read ({error})") from None
     if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
         raise DataError(
             f"argument --images: {options.images} holds {images.dtype} {list(images.shape)}; "
@@ -364,32 +368,34 @@ def _images(options: argparse.Namespace) -> np.ndarray:
     return images
 
 
+def collect(options: argparse.Namespace, ranks: Ranks, env: Environment) -> tuple[list[Row], list[str]]:
+    """The rows of all cases, appended to the results one by one, and which provider gave none where."""
+    measured, missing = [], []
+    for case in (Case(options.preset, pair, batch) for pair in options.pairs for batch in options.batches):
+        found = measure(case, options.providers, options.array, ranks, rounds=options.rounds, seconds=options.seconds)
+        missing += [f"{case.pair}, batch {case.batch}: {name}" for name in options.providers if name not in found]
+        precision = precision_of(configuration(case, REFERENCE, Path("unused")), ranks.device)
+        rows = rows_of(case, found, env, precision)
+        measured += rows
+        if not options.no_write:
+            append_rows(rows, RESULTS / env.folder / "step.jsonl")
+        del found
+        harness.release_memory()
+    return measured, missing
+
+
 def main(argv: list[str]) -> int:
     """Measures, prints and appends rows; 1 where a provider gave no number."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = parse(argv, device)
+    options = parse(argv, "cuda" if torch.cuda.is_available() else "cpu")
     # Rows say what was measured; where the images lie is this machine's affair.
     places = {str(options.root): "DATA", str(options.images): "FILE.npy"}
     env = environment(["step", *(places.get(argument, argument) for argument in argv)])
     distributed.configure_logging(verbose=False)
-    measured: list[Row] = []
-    missing: list[str] = []
     ranks = distributed.start()
-    with closing(_Stopped()):
-        for pair in options.pairs:
-            for batch in options.batches:
-                case = Case(options.preset, pair, batch)
-                found = measure(
-                    case, options.providers, options.array, ranks, rounds=options.rounds, seconds=options.seconds
-                )
-                missing += [f"{pair}, batch {batch}: {name}" for name in options.providers if name not in found]
-                precision = precision_of(configuration(case, REFERENCE, Path("-")), ranks.device)
-                rows = rows_of(case, found, env, precision)
-                measured += rows
-                if not options.no_write:
-                    append_rows(rows, RESULTS / env.folder / "step.jsonl")
-                del found
-                harness.release_memory()
+    try:
+        measured, missing = collect(options, ranks, env)
+    finally:
+        distributed.stop()
     table = Table(*COLUMNS, title=f"whole steps on {env.device_name}", title_justify="left")
     for line in cells(measured):
         table.add_row(*line)

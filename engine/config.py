@@ -206,8 +206,9 @@ class EngineConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 (autocast; weights stay fp32) on a GPU, fp32 on a CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    capture: bool = False
-    """The training step as CUDA graphs, on one GPU at zero_stage 0: the same run with less work for the host."""
+    capture: bool | Literal["auto"] = "auto"
+    """The training step as CUDA graphs: the same run with less work for the host.  On one GPU, at zero_stage 0, with
+    adam, adamw, sgd or lars; auto: where that is so and data.loader is resident."""
     sync_bn: bool = True
     """BatchNorm statistics over the global batch of all ranks."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -253,8 +254,8 @@ class Config(Section):
     def _consistent(self) -> Config:
         if len(self.peers) == 1 and self.distill is not None:
             raise ValueError("distill: needs two peers to distil between, found one; leave the section out")
-        if self.engine.capture:
-            self._capturable()
+        if self.engine.capture is True and (reason := self.not_capturable()):
+            raise ValueError(f"engine.capture: {reason}; use engine.capture=false")
         names = [peer.name for peer in self.peers]
         if len(set(names)) < len(names):
             raise ValueError(f"peers: names must differ, found {', '.join(names)}")
@@ -268,22 +269,16 @@ class Config(Section):
                 )
         return self
 
-    def _capturable(self) -> None:
+    def not_capturable(self) -> str:
+        """Why no CUDA graph can hold a step of this configuration; empty where one can."""
         if self.engine.zero_stage > 0:
-            raise ValueError(
-                f"engine.capture: takes engine.zero_stage=0, found {self.engine.zero_stage}; use engine.capture=false"
-            )
+            return f"takes engine.zero_stage=0, found {self.engine.zero_stage}"
         if self.engine.deepspeed.get("gradient_clipping"):
-            raise ValueError(
-                "engine.capture: DeepSpeed's gradient_clipping waits for the device, which a CUDA graph cannot; use "
-                "engine.capture=false, or leave engine.deepspeed.gradient_clipping out"
-            )
+            return "DeepSpeed's gradient_clipping waits for the device, which a CUDA graph cannot"
         for i, peer in enumerate(self.peers):
             if peer.optimizer.name not in CAPTURABLE:
-                raise ValueError(
-                    f"engine.capture: peers.{i}.optimizer.name={peer.optimizer.name} cannot be captured; allowed: "
-                    f"{', '.join(CAPTURABLE)}; or use engine.capture=false"
-                )
+                return f"takes {', '.join(CAPTURABLE)}, found peers.{i}.optimizer.name={peer.optimizer.name}"
+        return ""
 
     def resolved(self) -> dict[str, Any]:
         """Plain values of every field, as written to config.yaml."""

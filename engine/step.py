@@ -172,16 +172,21 @@ class CapturedStep(Step):
         self._inputs, self._captured, self._graphs = inputs, losses, [forward, backward, step]
 
 
-def check_capture(cfg: Config, ranks: Ranks) -> None:
-    """Raises ConfigError where `engine.capture` is set and the step cannot be captured on this machine."""
-    if not cfg.engine.capture:
-        return
+def captures(cfg: Config, ranks: Ranks) -> bool:
+    """Whether the step is captured in this run.
+
+    Raises ConfigError where `engine.capture` is true and it cannot be on this machine.
+    """
+    if cfg.engine.capture is False:
+        return False
+    reason = cfg.not_capturable()
     if ranks.device.type != "cuda":
-        raise ConfigError(
-            f"engine.capture: a CUDA graph needs a GPU, found device {ranks.device.type}; use engine.capture=false"
-        )
-    if ranks.world > 1:
-        raise ConfigError(f"engine.capture: takes one GPU, found {ranks.world} ranks; use engine.capture=false")
+        reason = f"a CUDA graph needs a GPU, found device {ranks.device.type}"
+    elif ranks.world > 1:
+        reason = f"takes one GPU, found {ranks.world} ranks"
+    if cfg.engine.capture is True and reason:
+        raise ConfigError(f"engine.capture: {reason}; use engine.capture=false")
+    return not reason and (cfg.engine.capture is True or cfg.data.loader == "resident")
 
 
 class Finite:

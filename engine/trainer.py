@@ -34,7 +34,7 @@ from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plo
 from engine.objectives import PeerLoss, Views
 from engine.optimizers import learning_rate
 from engine.probe import KnnProbe
-from engine.step import CapturedStep, Finite, Step, check_capture
+from engine.step import CapturedStep, Finite, Step, captures
 
 MAX_AUTO_WORKERS = 8
 LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader, "resident": ResidentLoader}
@@ -60,7 +60,7 @@ class Trainer:
         self.cfg, self.ranks = cfg, ranks
         self.folder: Path = cfg.run.output_dir
         # What needs no data comes first: a slip in the configuration must not cost a download.
-        check_capture(cfg, ranks)
+        self.captured = captures(cfg, ranks)
         if cfg.data.loader == "dali":
             everyone_does(ranks, require_dali)  # a rank that lacks it must not leave the others waiting
         self.resume_point = first_rank_does(ranks, lambda: run_dir.resume_point(cfg, ranks.world))
@@ -116,7 +116,7 @@ class Trainer:
                 )
 
     def _build_step(self) -> Step:
-        if not self.cfg.engine.capture:
+        if not self.captured:
             return Step(self.cfg, self.engines, self.ranks.group)
         # Only views that lie in the same memory in every step can be made inside of the graph.
         make_views = self.loader.leave_launch() if isinstance(self.loader, ResidentLoader) else None

@@ -78,7 +78,7 @@ def test_a_saved_configuration_reads_back_equal(file, tmp_path):
         ("data.batch_size=1", "data.batch_size: found 1, allowed: greater than or equal to 2"),
         ("data.workers=foo", "data.workers: found 'foo', allowed: a valid integer"),
         ("data.dataset=mnist", "data.dataset: found 'mnist', allowed: 'cifar10', 'cifar100'"),
-        ("data.loader=ffcv", "data.loader: found 'ffcv', allowed: 'torchvision' or 'dali'"),
+        ("data.loader=ffcv", "data.loader: found 'ffcv', allowed: 'torchvision', 'dali' or 'resident'"),
         ("peers.5.tau=1", "peers.5.tau: cannot be set here"),
         ("peers.0.optimizer.name=foo", "peers.0.optimizer.name: found 'foo', allowed: 'adam'"),
         ("peers.0.objective=byol", "peers.0.objective: found 'byol', allowed: 'simclr'"),

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.distributed import Ranks
-from engine.step import WARM_UP, CapturedStep, Finite, check_capture
+from engine.step import WARM_UP, CapturedStep, Finite, captures
 from engine.trainer import NonFiniteLoss, Trainer
 
 # -- captured
@@ -159,26 +159,44 @@ def test_a_replayed_step_waits_for_nothing_but_its_own_flag(settings, gpu):
 # -- what is refused
 
 
+def engine_with(config, **changes):
+    return config.model_copy(update={"engine": config.engine.model_copy(update=changes)})
+
+
+GPU = Ranks(rank=0, world=1, local_rank=0, device=torch.device("cuda", 0), group=None)
+TWO = Ranks(rank=0, world=2, local_rank=0, device=torch.device("cuda", 0), group=None)
+
+
 def test_capture_needs_one_gpu(config, alone):
-    check_capture(config, alone)
-    capturing = config.model_copy(update={"engine": config.engine.model_copy(update={"capture": True})})
+    for off in (False, "auto"):
+        assert not captures(engine_with(config, capture=off), alone)
+    assert captures(engine_with(config, capture=True), GPU)
     with pytest.raises(ConfigError, match="engine.capture: a CUDA graph needs a GPU, found device cpu"):
-        check_capture(capturing, alone)
-    two = Ranks(rank=0, world=2, local_rank=0, device=torch.device("cuda", 0), group=None)
+        captures(engine_with(config, capture=True), alone)
     with pytest.raises(ConfigError, match="engine.capture: takes one GPU, found 2 ranks"):
-        check_capture(capturing, two)
+        captures(engine_with(config, capture=True), TWO)
+
+
+def test_auto_captures_what_is_resident(settings):
+    assert not captures(parse_config(settings), GPU)
+    settings["data"]["loader"] = "resident"
+    assert captures(parse_config(settings), GPU)
+    assert not captures(parse_config(settings), TWO)
+    settings["engine"] = {"zero_stage": 1}
+    assert not captures(parse_config(settings), GPU)
+    settings["engine"] = {"capture": False}
+    assert not captures(parse_config(settings), GPU)
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "message"),
+    ("change", "message"),
     [
-        ("engine", {"zero_stage": 1}, "engine.capture: takes engine.zero_stage=0, found 1"),
-        ("engine", {"deepspeed": {"gradient_clipping": 1.0}}, "engine.capture: DeepSpeed's gradient_clipping waits"),
+        ({"zero_stage": 1}, "engine.capture: takes engine.zero_stage=0, found 1; use engine.capture=false"),
+        ({"deepspeed": {"gradient_clipping": 1.0}}, "engine.capture: DeepSpeed's gradient_clipping waits"),
     ],
 )
-def test_what_cannot_be_captured(settings, section, change, message):
-    settings["engine"] = {"capture": True}
-    settings[section].update(change)
+def test_what_cannot_be_captured(settings, change, message):
+    settings["engine"] = {"capture": True, **change}
     with pytest.raises(ConfigError, match=message):
         parse_config(settings)
 
@@ -186,9 +204,7 @@ def test_what_cannot_be_captured(settings, section, change, message):
 def test_optimizers_that_cannot_be_captured(settings):
     settings["engine"] = {"capture": True}
     settings["peers"][1] = {**settings["peers"][1], "optimizer": {"name": "lamb", "lr": 1e-3}}
-    with pytest.raises(
-        ConfigError, match="engine.capture: peers.1.optimizer.name=lamb cannot be captured; allowed: adam"
-    ):
+    with pytest.raises(ConfigError, match="takes adam, adamw, sgd, lars, found peers.1.optimizer.name=lamb"):
         parse_config(settings)
 
 
