@@ -40,15 +40,19 @@ check: setup  ## ruff, mypy and clang-format
 bench: setup  ## the microbenchmarks that this machine can run; PHOTOS=FOLDER for the loaders too
 	$(BIN)/python -m bench loss
 	$(BIN)/python -m bench optimizer
+	$(BIN)/python -m bench augment
+	$(BIN)/python -m bench step
 	$(BIN)/python -m bench budgets
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS))
 
 # GPU tests first: what they find comes before any number.
 gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=FOLDER for the loaders too
-	$(BIN)/python -m pytest tests/kernels tests/engine -m gpu
+	$(BIN)/python -m pytest tests/kernels tests/engine tests/bench -m gpu
 	$(BIN)/python -m pytest tests/kernels -m 'not gpu and not slow'
 	$(BIN)/python -m bench loss --quick
 	$(BIN)/python -m bench optimizer --quick
+	$(BIN)/python -m bench augment --quick
+	$(BIN)/python -m bench step --quick
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS) --quick)
 
 format: setup  ## rewrites the sources in the project's format

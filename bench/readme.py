@@ -6,13 +6,16 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is typed t
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from bench import data_stream, optimizer
+from bench import augment, data_stream, optimizer
 from bench.providers import BACKWARD
 from bench.rows import RESULTS, ROOT, Row, read_rows
+from bench.step import PROVIDERS
 
 README = ROOT / "README.md"
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -22,6 +25,18 @@ def newest_run(path: Path) -> list[Row]:
     """The rows that the last command appended: ratios are taken within one run."""
     rows = read_rows(path)
     return [row for row in rows if (row.commit, row.date, row.command) == _run(rows[-1])]
+
+
+def newest(path: Path, **fields: object) -> list[Row]:
+    """Of rows with these fields, those of the last run that measured their case: a ratio is taken within one run."""
+    rows = [row for row in read_rows(path) if all(getattr(row, name) == value for name, value in fields.items())]
+    last = {_case(row): _run(row) for row in rows}
+    return [row for row in rows if _run(row) == last[_case(row)]]
+
+
+def _case(row: Row) -> str:
+    """What a row has in common with those that it is compared with."""
+    return json.dumps({**row.case, "products": None}, sort_keys=True)
 
 
 def _run(row: Row) -> tuple[str, str, str]:
@@ -50,6 +65,18 @@ def _digits(value: float) -> str:
 def _source(rows: list[Row]) -> str:
     row = rows[-1]
     return f"\n{row.device_name}, torch {row.torch}, {row.date}, commit {row.commit}: `{row.command}`\n"
+
+
+def _sources(rows: list[Row]) -> str:
+    """Where the rows of several runs come from."""
+    last = rows[-1]
+    runs = dict.fromkeys((row.commit, row.command) for row in rows)
+    told = ", ".join(f"`{command}` (commit {commit})" for commit, command in runs)
+    return f"\n{last.device_name}, torch {last.torch}, {last.date}: {told}\n"
+
+
+def _times(ours: float | None, theirs: float | None) -> str:
+    return f"{ours / theirs:.1f}x" if ours and theirs else "-"
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -105,7 +132,97 @@ def data_cpu() -> str:
     return markdown(header, lines) + _source(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"data_cpu": data_cpu, "loss_cpu": loss_cpu, "optimizer_cpu": optimizer_cpu}
+def step(device: str) -> str:
+    """Source images a second of whole steps, captured or not, against plain PyTorch."""
+    rows = newest(RESULTS / device / "step.jsonl", metric="images_per_s")
+    providers = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
+    lines = []
+    for pair, batch in dict.fromkeys((row.case["pair"], row.case["batch"]) for row in rows if "pair" in row.case):
+        rates = [_p50(rows, name, "images_per_s", pair=pair, batch=batch) for name in providers]
+        lines.append([
+            f"`{pair}`", f"{batch:,}", *("-" if rate is None else _digits(rate) for rate in rates),
+            _times(rates[0], rates[-1]),
+        ])  # fmt: skip
+    header = ["pair", "batch", *(f"`{name}`" for name in providers), f"`{providers[0]}` over `{providers[-1]}`"]
+    return markdown(header, lines) + _sources(rows)
+
+
+def augment_h200() -> str:
+    """All views of a batch on a GPU: a launch in a graph, the copy that is its limit, and others' calls."""
+    rows = newest(RESULTS / "h200" / "augment.jsonl")
+    lines = []
+    for size, batch in dict.fromkeys((row.case["size"], row.case["batch"]) for row in rows):
+        case = {"size": size, "batch": batch}
+        ours, copy = (_p50(rows, name, "ms", mode=augment.GRAPH, **case) for name in ("triton", augment.COPY))
+        others = [_p50(rows, name, "ms", mode=augment.CALL, **case) for name in ("kornia", "torchvision v2")]
+        assert ours is not None
+        assert copy is not None
+        lines.append([
+            f"{size} px, {batch:,}", f"{_digits(1e3 * ours)} us", f"{_digits(1e3 * copy)} us", f"{copy / ours:.0%}",
+            *("-" if ms is None else f"{_digits(ms)} ms" for ms in others),
+        ])  # fmt: skip
+    header = ["images, batch", "`triton`", "copy", "of the copy's rate", "kornia", "torchvision v2 (one draw a batch)"]
+    return markdown(header, lines) + _sources(rows)
+
+
+def augment_loaders(device: str) -> str:
+    """Source images a second of the two loaders of small images."""
+    rows = [row for row in newest_run(RESULTS / device / "augment.jsonl") if row.metric == "images_per_s"]
+    lines = []
+    for size, batch in dict.fromkeys((row.case["size"], row.case["batch"]) for row in rows):
+        ours, theirs = (
+            _p50(rows, name, "images_per_s", size=size, batch=batch) for name in ("resident", "torchvision")
+        )
+        if ours and theirs:
+            lines.append([f"{size} px, {batch:,}", _digits(ours), _digits(theirs), f"{ours / theirs:.0f}x"])
+    return markdown(["source images/s", "`resident`", "`torchvision`", "faster"], lines) + _source(rows)
+
+
+def loss_h200() -> str:
+    """Forward and backward of both peers at D = 128 on a GPU, as a CUDA graph where both were captured."""
+    rows = newest(RESULTS / "h200" / "loss.jsonl")
+    lines = []
+    for M in sorted({row.case["M"] for row in rows}):
+        cell = {"M": M, "D": 128}
+        for mode in (f"{BACKWARD} in a CUDA graph", BACKWARD):
+            ours, plain = (_p50(rows, name, "ms", mode=mode, **cell) for name in ("triton", "eager"))
+            if ours and plain:
+                break
+        held, plain_held = (_p50(rows, name, "bytes", mode=BACKWARD, **cell) for name in ("triton", "eager"))
+        if ours and plain and held and plain_held:
+            lines.append([
+                f"{M // 2:,}", "graph" if mode != BACKWARD else "calls", f"{_digits(ours)} ms", f"{_digits(plain)} ms",
+                f"{plain / ours:.1f}x", f"{_digits(held / 2**20)} MiB", f"{_digits(plain_held / 2**20)} MiB",
+                f"{plain_held / held:.0f}x",
+            ])  # fmt: skip
+    header = ["images N", "as", "`triton`", "eager PyTorch (TF32)", "faster", "memory, `triton`", "eager", "less"]
+    return markdown(header, lines) + _sources(rows)
+
+
+def optimizer_h200() -> str:
+    """One LARS step on a GPU, in a CUDA graph and called from Python."""
+    rows = newest(RESULTS / "h200" / "optimizer.jsonl")
+    names = ("native", "torch", "sgd", "adamw", optimizer.COPY)
+    lines = []
+    for model, mode in dict.fromkeys((row.case["model"], row.case["mode"]) for row in rows):
+        times = [_p50(rows, name, "ms", model=model, mode=mode) for name in names]
+        lines.append([f"`{model}`, {mode}", *("-" if ms is None else f"{_digits(ms)} ms" for ms in times)])
+    header = ["tensors of", "`native`", "`torch` (foreach)", "fused SGD", "fused AdamW", "copy"]
+    return markdown(header, lines) + _sources(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "data_cpu": data_cpu,
+    "loss_cpu": loss_cpu,
+    "loss_h200": loss_h200,
+    "optimizer_cpu": optimizer_cpu,
+    "optimizer_h200": optimizer_h200,
+    "augment_h200": augment_h200,
+    "loaders_cpu": partial(augment_loaders, "cpu"),
+    "loaders_h200": partial(augment_loaders, "h200"),
+    "step_cpu": partial(step, "cpu"),
+    "step_h200": partial(step, "h200"),
+}
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ from engine.data.resident_loader import AHEAD
 from engine.data.torch_loader import CHUNK
 from engine.distributed import Ranks
 from engine.engines import precision_of
-from engine.metrics import Recorder
 from engine.trainer import MAX_AUTO_WORKERS, Trainer
 
 SIZE = 32
@@ -130,10 +129,7 @@ def _of_trainer(cfg: Config, images: np.ndarray, ranks: Ranks) -> Training:
     """What `Trainer.fit` does between its first evaluation and its end."""
     with _trained_on(images):
         trainer = Trainer(cfg, ranks)
-    trainer._resume()  # its clocks and its folder
-    trainer.recorder = Recorder(trainer.folder, enabled=True, from_step=0)
-    trainer.logged = (0, trainer.training.read())
-    trainer.training.start()
+    trainer.start_clock(trainer.begin())
     batches = trainer.loader.batches(0, trainer.steps)
 
     def close() -> None:
@@ -144,7 +140,7 @@ def _of_trainer(cfg: Config, images: np.ndarray, ranks: Ranks) -> Training:
     if cfg.data.loader == "torchvision":
         chunks = min(cores(), MAX_AUTO_WORKERS)  # at a time
         together, ahead = (-(-n * chunks * CHUNK // cfg.data.batch_size) for n in (1, PREFETCH))
-    return Training(batches, trainer._step, ahead, together, close)
+    return Training(batches, trainer.train, ahead, together, close)
 
 
 @contextmanager

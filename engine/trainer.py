@@ -129,25 +129,33 @@ class Trainer:
 
         Raises NonFiniteLoss on all ranks.
         """
-        start = self._resume()
-        self.recorder = Recorder(self.folder, enabled=self.ranks.is_first, from_step=start)
+        start = self.begin()
         try:
             if start == 0:
                 self._evaluate(0)
             with progress_bar("training", enabled=self.ranks.is_first) as bar:
                 task = bar.add_task("", total=self.steps, completed=start, rate="", note="")
-                self.logged = (start, self.training.read())
-                if start < self.steps:
-                    self.training.start()
+                self.start_clock(start)
                 for batch in self.loader.batches(start, self.steps):
-                    note = self._step(batch)
+                    note = self.train(batch)
                     bar.update(task, completed=batch.step + 1, **note)
         finally:
             self.recorder.close()
         return first_rank_does(self.ranks, self._summarise)
 
+    def begin(self) -> int:
+        """Claims the folder, restores state and clocks and opens the records; returns the number of finished steps."""
+        start = self._resume()
+        self.recorder = Recorder(self.folder, enabled=self.ranks.is_first, from_step=start)
+        return start
+
+    def start_clock(self, step: int) -> None:
+        """From here on time counts as training."""
+        self.logged = (step, self.training.read())
+        if step < self.steps:
+            self.training.start()
+
     def _resume(self) -> int:
-        """Claims the folder and restores state and clocks; returns the number of finished steps."""
         self.wall, self.training = Stopwatch(), Stopwatch()
         self.wall.start()
         first_rank_does(self.ranks, lambda: run_dir.claim(self.cfg))
@@ -158,7 +166,7 @@ class Trainer:
         self.wall.seconds, self.training.seconds = progress.seconds, progress.train_seconds
         return progress.step
 
-    def _step(self, batch: Batch) -> dict[str, Any]:
+    def train(self, batch: Batch) -> dict[str, Any]:
         """One step and what is due after it; returns what the progress bar shows anew."""
         self.rng = checkpoint.device_rng()
         forward = self.step.forward(batch.views)

@@ -10,6 +10,7 @@ another step.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +59,7 @@ class TorchLoader:
         """The batches of steps start ... stop - 1."""
         mean, std = (torch.tensor(s, device=self.ranks.device).view(1, 3, 1, 1) * 255 for s in self.policy.statistics)
         loader = _workers(self._chunks, self._chunks.keys(start, stop), self.workers, self.ranks)
-        parts = map(_received, loader)
+        parts = map(_received, _started(loader))
         for step in range(start, stop):
             images, wanted, read = zip(*(next(parts) for _ in range(self._chunks.per_step)), strict=True)
             index = torch.cat(read)
@@ -99,7 +100,7 @@ def plain_images(
     mean, std = (torch.tensor(s, device=ranks.device).view(1, 3, 1, 1) * 255 for s in statistics)
     keys = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     loader = _workers(_PlainChunks(dataset, size), keys, workers, ranks)
-    for key, (images, read) in zip(keys, map(_received, loader), strict=True):
+    for key, (images, read) in zip(keys, map(_received, _started(loader)), strict=True):
         skipped.note(dataset, torch.from_numpy(key), read)
         yield normalized(images.to(ranks.device, non_blocking=True), mean, std), read
 
@@ -114,6 +115,19 @@ def _workers(chunks: Dataset, keys: Any, workers: int, ranks: Ranks) -> DataLoad
         # Its own generator: the default would draw the workers' seed from torch's global one and so change a run.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, its processes forked.
+
+    They inherit what this process has, and must not collect it: the destructor of a DALI pipeline, whose threads are
+    not theirs, waits for ever (seen with DALI 2.4).
+    """
+    gc.freeze()  # what is there now is never garbage to them
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _received(item: Any) -> Any:

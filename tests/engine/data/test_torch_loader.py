@@ -205,3 +205,34 @@ def test_plain_images_of_any_shape_are_cropped_at_the_centre(alone, shape):
     columns = (weights.sum(0) * torch.arange(20)).sum() / weights.sum()
     assert abs(rows - 9.5) < 1.3  # half a pixel of the source
     assert abs(columns - 9.5) < 1.3
+
+
+class Mourned:
+    """Part of a cycle; writes a line when it is collected, as a pipeline's destructor would wait."""
+
+    def __init__(self, file) -> None:
+        self.file, self.own = file, self
+
+    def __del__(self) -> None:
+        with open(self.file, "a") as out:
+            out.write(f"{os.getpid()}\n")
+
+
+class Collecting(ArrayDataset):
+    """Collects garbage with every image."""
+
+    def image(self, index):
+        import gc
+
+        gc.collect()
+        return super().image(index)
+
+
+def test_workers_collect_nothing_that_they_inherit(alone, tmp_path):
+    file = tmp_path / "collected"
+    file.touch()
+    Mourned(file)  # garbage from its first moment
+    images = np.zeros((12, 16, 16, 3), np.uint8)
+    for _ in loader(alone, Collecting("zeros", images, None), workers=2).batches(0, 1):
+        pass
+    assert file.read_text().split() in ([], [str(os.getpid())])
