@@ -134,10 +134,10 @@ def data_cpu() -> str:
 
 def step(device: str) -> str:
     """Source images a second of whole steps, captured or not, against plain PyTorch."""
-    rows = newest(RESULTS / device / "step.jsonl", metric="images_per_s")
+    rows = [row for row in newest(RESULTS / device / "step.jsonl", metric="images_per_s") if "pair" in row.case]
     providers = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
     lines = []
-    for pair, batch in dict.fromkeys((row.case["pair"], row.case["batch"]) for row in rows if "pair" in row.case):
+    for pair, batch in dict.fromkeys((row.case["pair"], row.case["batch"]) for row in rows):
         rates = [_p50(rows, name, "images_per_s", pair=pair, batch=batch) for name in providers]
         lines.append([
             f"`{pair}`", f"{batch:,}", *("-" if rate is None else _digits(rate) for rate in rates),
