@@ -45,6 +45,9 @@ def test_what_the_budgets_themselves_allow(version):
     """Spilled bytes: none in training at D = 128 on Hopper with triton 3.6, 40 in pass 2 with 3.9; little elsewhere."""
     for name, kernels in ALL[version]["sm_90"].items():
         assert all(kernel["stack"] <= (72 if "safe" in name else 48) for kernel in kernels.values()), name
+        if name.startswith("views"):  # 16 bytes at 96 px with 3.9
+            assert all(kernel["stack"] <= 16 for kernel in kernels.values()), name
+            continue
         spilled = {kernel for kernel, values in kernels.items() if values["stack"]}
         assert spilled <= ({"stats_kernel"} if "forward" in name else {"gradient_kernel"}), name
     assert all(kernel["stack"] <= 40 for kernels in ALL[version]["sm_100"].values() for kernel in kernels.values())
