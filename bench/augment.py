@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Call, Failure, guarded
+from bench.reference import cores
 from bench.rows import RESULTS, Environment, Row, append_rows, environment, make_row
 from engine.config import AugmentConfig
 from engine.data.augment import AugmentPolicy, ViewParams, build_policy, draw_views
@@ -193,10 +194,8 @@ def loaders(side: int, batch: int, device: torch.device) -> dict[str, Callable[[
     ranks = Ranks(rank=0, world=1, local_rank=0, device=device, group=None)
     dataset, policy = ArrayDataset("noise", images_of(side), None), policy_of(side)
     order = BatchOrder(dataset, batch_size=batch, seed=0, ranks=ranks)
-    import os
-
     shared: dict[str, Any] = {
-        "views": VIEWS, "workers": len(os.sched_getaffinity(0)), "ranks": ranks, "skipped": SkippedImages(ranks),
+        "views": VIEWS, "workers": cores(), "ranks": ranks, "skipped": SkippedImages(ranks),
     }  # fmt: skip
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {
@@ -270,6 +269,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="images of a batch")
     parser.add_argument("--no-write", action="store_true", help="no rows")
     options = parser.parse_args(argv)
+    for option, given, allowed in (("--sides", options.sides, SIDES), ("--batches", options.batches, range(1, 2_001))):
+        if wrong := [number for number in given or () if number not in allowed]:
+            said = ", ".join(map(str, SIDES)) if option == "--sides" else "1 to 2000"
+            parser.error(f"argument {option}: {wrong[0]} is not allowed; allowed: {said}")
     env = environment(["augment", *argv])
     measured: list[Row] = []
     sides = options.sides or ([32] if options.quick or env.device.type == "cpu" else list(SIDES))

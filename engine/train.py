@@ -23,6 +23,7 @@ from engine.config import ConfigError, load_config
 from engine.data.dataset import DataError
 from engine.optimizers import describe_scaling
 from engine.run_dir import describe_summary
+from engine.step import describe_capture
 from engine.trainer import NonFiniteLoss, Trainer
 
 BAD_INPUT = 2  # exit code: the user's configuration, data or checkpoint
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = Trainer(cfg, ranks)
         resumed = trainer.resume_point
         if first:
-            print("".join(f"{line}\n" for line in describe_scaling(cfg)), end="", flush=True)
+            lines = [*describe_scaling(cfg), *describe_capture(cfg, ranks)]
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
         summary = trainer.fit()
     except (ConfigError, DataError, CheckpointError, NonFiniteLoss) as error:
         if first:

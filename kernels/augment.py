@@ -136,6 +136,8 @@ def _native(
 ) -> Tensor:
     if native.core is None:
         raise RuntimeError(f"augment_views: {native.missing}")
+    if isinstance(images, Tensor):
+        images = images.contiguous()
     pixels = native.core.augment_views(
         [augment_checks.image_array(i, image) for i, image in enumerate(images)],
         size=size, mean=statistics[0], std=statistics[1], out=out, **params,

@@ -29,7 +29,7 @@ def rows(name: str, value: Any, kind: str, shape: tuple[int, ...] | None) -> NDA
         array = np.asarray(shared)
     except ValueError as error:  # rows of unequal length
         raise ValueError(f"{name}: {_SAID[kind]} are expected, found {value!r}") from error
-    if array.dtype.kind not in _ALLOWED[kind]:
+    if array.dtype.kind not in _ALLOWED[kind] and array.size:  # an empty list has no kind of its own
         raise ValueError(f"{name}: {_SAID[kind]} are expected, found {array.dtype}")
     if array.ndim != 1 if shape is None else array.shape != shape:
         wanted = "[m]" if shape is None else list(shape)
@@ -89,7 +89,7 @@ def output(out: Any, dtype: torch.dtype | None) -> tuple[Tensor | None, torch.dt
         raise ValueError(f"out: a tensor or None is expected, found {type(out).__name__}")
     found = dtype or (torch.float32 if out is None else out.dtype)
     if found not in FLOATS:
-        raise ValueError(f"{'dtype' if dtype else 'out'}: float32, float16 or bfloat16 is expected, found {found}")
+        raise ValueError(f"{'dtype' if dtype else 'out'}: float32, float16 or bfloat16 is expected, found {found!r}")
     if out is not None and out.dtype != found:
         raise ValueError(f"out: {found} is expected, found {out.dtype}")
     return out, found

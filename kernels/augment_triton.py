@@ -7,10 +7,6 @@ A program makes one view.  Bytes are Pillow's own after every operation (the pla
 one csrc/augment.cpp): whole numbers, or float32 rounded as there, so no product is contracted with a sum
 (enable_fp_fusion).
 
-A resize weighs source pixels with numbers of 22 bits after the point.  Where no crop is larger than a view (`GROW`,
-small images at their own size) pixel i of an axis of `length` source pixels lies t / 2S = ((2i + 1) length - S) / 2S
-between two of them, so that its two weights are whole numbers by right; else they are a triangle's, in float64.
-
 Contrast needs the mean of the whole view at its place among the colour operations.  A view of at most `WHOLE` pixels is
 held by its program; a larger one is made twice, tile by tile: for the mean, then for the pixels.
 
@@ -25,125 +21,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.augment_table import WIDTH
+from kernels.augment_table import WIDTH, Column, Flag
+from kernels.resample_triton import LARGEST_GROWN, grown, resized
 
 MOST_WHOLE = 4096  # pixels of a view that its program holds; 16384 (96 px) would spill
 TILE = 2048  # pixels of a larger view that are worked on at once
 PIXELS_A_THREAD = 8
 MOST_WARPS = 16
-LARGEST_GROWN = 256  # S: above, 2S weights times 2^22 leave 32 bits
+LARGEST = 2048  # S: above, twice the sum of a view's luminances leaves 32 bits
 
 _WIDTH = tl.constexpr(WIDTH)
-_FLIP, _JITTER, _GRAYSCALE, _SOLARIZE = (tl.constexpr(flag) for flag in (1, 2, 4, 8))
-
-
-# -- resize ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pixel(image, index, CHANNELS: tl.constexpr):
-    """Red, green and blue of source pixels, int32."""
-    if CHANNELS == 4:  # four bytes are one load
-        four = tl.load(image + index)
-        return four & 255, (four >> 8) & 255, (four >> 16) & 255
-    else:
-        r = tl.load(image + 3 * index).to(tl.int32)
-        g = tl.load(image + 3 * index + 1).to(tl.int32)
-        b = tl.load(image + 3 * index + 2).to(tl.int32)
-        return r, g, b
-
-
-@triton.jit
-def _two_taps(i, length, S: tl.constexpr):
-    """The two source pixels that pixel i of an axis lies between, and their weights; length <= S."""
-    place = ((2 * i + 1) * length + S).to(tl.uint32)  # from the pixel before the first, in steps of 1 / 2S
-    after = place // (2 * S)
-    rest = place - after * (2 * S)
-    weight = (((rest << 22) + S) // (2 * S)).to(tl.int32)
-    first = tl.maximum(after.to(tl.int32) - 1, 0)
-    second = tl.minimum(after.to(tl.int32), length - 1)
-    return first, second, (1 << 22) - weight, weight
-
-
-@triton.jit
-def _rounded(total):
-    return tl.minimum((total + (1 << 21)) >> 22, 255)
-
-
-@triton.jit
-def _grown(image, x, y, left, top, width, height, W, S: tl.constexpr, CHANNELS: tl.constexpr):
-    """Pixels (x, y) of a view of a crop that is no larger."""
-    x0, x1, u0, u1 = _two_taps(x, width, S)
-    y0, y1, v0, v1 = _two_taps(y, height, S)
-    above, below = (top + y0) * W + left, (top + y1) * W + left
-    r00, g00, b00 = _pixel(image, above + x0, CHANNELS)
-    r01, g01, b01 = _pixel(image, above + x1, CHANNELS)
-    r10, g10, b10 = _pixel(image, below + x0, CHANNELS)
-    r11, g11, b11 = _pixel(image, below + x1, CHANNELS)
-    r = _rounded(_rounded(r00 * u0 + r01 * u1) * v0 + _rounded(r10 * u0 + r11 * u1) * v1)
-    g = _rounded(_rounded(g00 * u0 + g01 * u1) * v0 + _rounded(g10 * u0 + g11 * u1) * v1)
-    b = _rounded(_rounded(b00 * u0 + b01 * u1) * v0 + _rounded(b10 * u0 + b11 * u1) * v1)
-    return r, g, b
-
-
-@triton.jit
-def _span(i, length, S: tl.constexpr):
-    """Of pixel i of an axis: step between centres' reach, centre, first source pixel and how many, total weight."""
-    step = length.to(tl.float64) / S
-    reach = tl.maximum(step, 1.0)
-    center = (i.to(tl.float64) + 0.5) * step
-    first = tl.maximum((center - reach + 0.5).to(tl.int32), 0)
-    count = tl.minimum((center + reach + 0.5).to(tl.int32), length) - first
-    total = tl.zeros_like(center)
-    for k in range((2 * reach).to(tl.int32) + 2):
-        total += tl.where(k < count, _triangle(first + k, center, reach), 0.0)
-    return reach, center, first, count, total
-
-
-@triton.jit
-def _triangle(k, center, reach):
-    return tl.maximum(1.0 - tl.abs((k.to(tl.float64) - center + 0.5) * (1.0 / reach)), 0.0)
-
-
-@triton.jit
-def _weight(k, reach, center, first, count, total):
-    """Of the k-th of the source pixels of `_span`, 0 behind the last."""
-    exact = _triangle(first + k, center, reach) / total
-    return tl.where(k < count, (exact * (1 << 22) + 0.5).to(tl.int32), 0)
-
-
-@triton.jit
-def _resized(image, x, y, left, top, width, height, W, S: tl.constexpr, CHANNELS: tl.constexpr):
-    """Pixels (x, y) of a view of any crop: along rows and then along columns, or the other way round as Pillow 13."""
-    reach_x, center_x, first_x, count_x, total_x = _span(x, width, S)
-    reach_y, center_y, first_y, count_y, total_y = _span(y, height, S)
-    columns_first = (height > S) & (height - S > 2 * (width - S))
-    taps_x, taps_y = (2 * reach_x).to(tl.int32) + 2, (2 * reach_y).to(tl.int32) + 2
-    outer = tl.where(columns_first, taps_x, taps_y)
-    inner = tl.where(columns_first, taps_y, taps_x)
-    r, g, b = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
-    for i in range(outer):
-        r_line, g_line, b_line = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
-        for j in range(inner):
-            k_x, k_y = tl.where(columns_first, i, j), tl.where(columns_first, j, i)
-            from_x = left + tl.minimum(first_x + k_x, width - 1)
-            from_y = top + tl.minimum(first_y + k_y, height - 1)
-            red, green, blue = _pixel(image, from_y * W + from_x, CHANNELS)
-            if columns_first:
-                weight = _weight(k_y, reach_y, center_y, first_y, count_y, total_y)
-            else:
-                weight = _weight(k_x, reach_x, center_x, first_x, count_x, total_x)
-            r_line += weight * red
-            g_line += weight * green
-            b_line += weight * blue
-        if columns_first:
-            weight = _weight(i, reach_x, center_x, first_x, count_x, total_x)
-        else:
-            weight = _weight(i, reach_y, center_y, first_y, count_y, total_y)
-        r += weight * _rounded(r_line)
-        g += weight * _rounded(g_line)
-        b += weight * _rounded(b_line)
-    return _rounded(r), _rounded(g), _rounded(b)
+_FLIP, _JITTER, _GRAYSCALE, _SOLARIZE = (tl.constexpr(int(flag)) for flag in Flag)
+(
+    _SOURCE,
+    _LEFT,
+    _TOP,
+    _CROP_WIDTH,
+    _CROP_HEIGHT,
+    _FLAGS,
+    _ORDER,
+    _BRIGHTNESS,
+    _CONTRAST,
+    _SATURATION,
+    _HUE,
+    _RADIUS,
+    _INSIDE,
+    _EDGE,
+) = (tl.constexpr(int(column)) for column in Column)
 
 
 # -- colours ---------------------------------------------------------------------------------------------------------
@@ -211,7 +115,7 @@ def _jittered(r, g, b, row, inside, mean, until_contrast: tl.constexpr, held: tl
 
     `until_contrast` stops before it.
     """
-    order = tl.load(row + 6)
+    order = tl.load(row + _ORDER)
     going = True
     for slot in range(4):
         operation = (order >> (2 * slot)) & 3
@@ -219,22 +123,22 @@ def _jittered(r, g, b, row, inside, mean, until_contrast: tl.constexpr, held: tl
             going = going & (operation != 1)
         if going:
             if operation == 0:
-                factor = _factor(row, 7)
+                factor = _factor(row, _BRIGHTNESS)
                 zero = tl.zeros_like(r)
                 r, g, b = _blended(zero, r, factor), _blended(zero, g, factor), _blended(zero, b, factor)
             elif operation == 1:
-                factor = _factor(row, 8)
+                factor = _factor(row, _CONTRAST)
                 low = mean
                 if held:
                     low = _mean(r, g, b, inside, PIXELS)
                 low = tl.zeros_like(r) + low
                 r, g, b = _blended(low, r, factor), _blended(low, g, factor), _blended(low, b, factor)
             elif operation == 2:
-                factor = _factor(row, 9)
+                factor = _factor(row, _SATURATION)
                 grey = _luminance(r, g, b)
                 r, g, b = _blended(grey, r, factor), _blended(grey, g, factor), _blended(grey, b, factor)
             else:
-                r, g, b = _hue(r, g, b, tl.load(row + 10))
+                r, g, b = _hue(r, g, b, tl.load(row + _HUE))
     return r, g, b
 
 
@@ -259,15 +163,16 @@ def _store(out, statistics, p, inside, r, g, b, solarize):
 def _source_pixels(images, row, p, H, W, S: tl.constexpr, CHANNELS: tl.constexpr, GROW: tl.constexpr):
     """The resized pixels p of a view."""
     words: tl.constexpr = 1 if CHANNELS == 4 else 3
-    image = images + tl.load(row).to(tl.int64) * (H * W * words)
-    left, top, width, height = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    image = images + tl.load(row + _SOURCE).to(tl.int64) * (H * W * words)
+    left, top = tl.load(row + _LEFT), tl.load(row + _TOP)
+    width, height = tl.load(row + _CROP_WIDTH), tl.load(row + _CROP_HEIGHT)
     y = tl.minimum(p // S, S - 1)
     x = p % S
-    x = tl.where((tl.load(row + 5) & _FLIP) != 0, S - 1 - x, x)
+    x = tl.where((tl.load(row + _FLAGS) & _FLIP) != 0, S - 1 - x, x)
     if GROW:
-        return _grown(image, x, y, left, top, width, height, W, S, CHANNELS)
+        return grown(image, x, y, left, top, width, height, W, S, CHANNELS)
     else:
-        return _resized(image, x, y, left, top, width, height, W, S, CHANNELS)
+        return resized(image, x, y, left, top, width, height, W, S, CHANNELS)
 
 
 @triton.jit
@@ -283,7 +188,7 @@ def _views_kernel(
     PIXELS: tl.constexpr = S * S
     view = tl.program_id(0).to(tl.int64)
     row = table + view * _WIDTH
-    flags = tl.load(row + 5)
+    flags = tl.load(row + _FLAGS)
     jitter, gray, solarize = (flags & _JITTER) != 0, (flags & _GRAYSCALE) != 0, (flags & _SOLARIZE) != 0
     held: tl.constexpr = BLOCK >= PIXELS
     mean = 0
@@ -307,7 +212,7 @@ def _views_kernel(
             g, b = r, r
         blurred = False
         if BLUR:
-            blurred = tl.load(row + 11) >= 0
+            blurred = tl.load(row + _RADIUS) >= 0
         if blurred:
             own = passes + view * (3 * PIXELS) + 3 * p
             tl.store(own, r.to(tl.uint8), mask=inside)
@@ -341,11 +246,11 @@ def _blur_kernel(
     PIXELS: tl.constexpr = S * S
     view = tl.program_id(0).to(tl.int64)
     row = table + view * _WIDTH
-    radius = tl.load(row + 11)
+    radius = tl.load(row + _RADIUS)
     if radius < 0:
         return
-    weight, edge = tl.load(row + 12).to(tl.uint32), tl.load(row + 13).to(tl.uint32)
-    solarize = (tl.load(row + 5) & _SOLARIZE) != 0
+    weight, edge = tl.load(row + _INSIDE).to(tl.uint32), tl.load(row + _EDGE).to(tl.uint32)
+    solarize = (tl.load(row + _FLAGS) & _SOLARIZE) != 0
     source = passes + view * (3 * PIXELS)
     for number in range(6):
         there = source + (number % 2) * half
@@ -382,10 +287,23 @@ def launch(
     blur: bool,  # whether any view may be blurred
     passes: Tensor | None = None,  # uint8 [2, m, S, S, 3], of any content; only for a blur
 ) -> None:
-    """Writes the views of `table` to `out`; nothing here waits for the device, and all of it can be captured."""
+    """Writes the views of `table` to `out`; nothing here waits for the device, and all of it can be captured.
+
+    Raises ValueError: views larger than LARGEST.
+    """
     m, _, S, _ = out.shape
+    if S > LARGEST:
+        raise ValueError(f"size: the GPU's kernels make views of up to {LARGEST} px, found {S}; use backend='torch'")
     if m == 0:
         return
+    with torch.cuda.device_of(out):  # Triton launches on the current one
+        _launch(images, table, statistics, out, blur, passes)
+
+
+def _launch(
+    images: Tensor, table: Tensor, statistics: Tensor, out: Tensor, blur: bool, passes: Tensor | None
+) -> None:  # fmt: skip
+    m, _, S, _ = out.shape
     _, H, W, channels = images.shape
     if channels == 4:
         images = images.view(torch.int32)

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, each a fresh process, and returns what each gave."""
+"""Runs a function on several gloo ranks, each a process of its own, and returns what each gave."""
 
 import os
 import random
@@ -11,11 +11,17 @@ import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 300
+LIBRARIES = ["torch", "torchvision", "timm", "deepspeed", "engine.trainer"]
 
 
 def run_ranks(function: Any, world: int, *arguments: Any) -> list[Any]:
     """`function(*arguments)` of a module's top level on every rank; the results in rank order, through a queue."""
-    context = mp.get_context("spawn")
+    # Forked from a process that has imported the libraries and done nothing else, which is most of a short run's time;
+    # afresh where there is a GPU, since what has looked at CUDA must not fork.
+    context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn when it is imported
+        context.set_forkserver_preload(LIBRARIES)
     results = context.Queue()
     port = _free_port()
     processes = [

@@ -212,10 +212,10 @@ def _fill(
     """Scans the files that have no record, and sets each record as soon as it is whole."""
     todo = [i for i, record in enumerate(records) if record is None]
     paths = [os.path.join(root, files[i]) for i in todo]
-    with _progress("listing files", len(paths)) as advance:
+    with progress("listing files", len(paths)) as advance:
         located = list(_in_threads(functools.partial(_located, locate), paths, advance))
     tasks = [(path, image) for path, images in zip(paths, located, strict=True) for image in images]
-    with _progress("scanning images", len(tasks)) as advance, closing(_in_threads(_look, tasks, advance)) as looks:
+    with progress("scanning images", len(tasks)) as advance, closing(_in_threads(_look, tasks, advance)) as looks:
         for i, images in zip(todo, located, strict=True):
             found = list(islice(looks, len(images)))
             size, mtime_ns = states[i]
@@ -279,7 +279,7 @@ def _in_threads(
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Advances a bar on the terminal, where there is one and the work takes its time."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     hidden = not sys.stderr.isatty()

@@ -4,8 +4,8 @@ Legend
   N  images of the data set      n  images of this rank's batch      V  views of an image      S  side in pixels
 
 For images of one size.  On a GPU they lie in its memory, four bytes a pixel so that one load reads one; where they
-would take more of it than they may, they stay in the host's and each batch's are copied.  On a CPU they stay where the
-data set has them.
+would take more of it than they may, they stay in the host's, and each batch's go through pinned memory.  On a CPU they
+stay where the data set has them.
 
 Images, order and the parameters of views are those of the other loaders, and so are the views, byte for byte before
 they are normalised: a batch is a function of seed and step, and resuming is starting at another step.  A thread draws
@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,6 +28,7 @@ from torch import Tensor
 from engine.data.augment import AugmentPolicy, ViewParams, draw_views
 from engine.data.dataset import ArrayDataset, DataError, ImageDataset
 from engine.data.encoded import EncodedDataset
+from engine.data.manifest import progress
 from engine.data.order import Batch, BatchOrder
 from engine.data.skipped import SkippedImages, readable
 from engine.distributed import Ranks
@@ -43,6 +45,7 @@ class _Drawn(NamedTuple):
 
     step: int
     wanted: NDArray[np.int64]  # [n] images
+    images: NDArray[np.uint8] | None  # [n, H, W, 3], where they are not on the device
     params: ViewParams  # of V * n views, those of a view together
 
 
@@ -75,7 +78,7 @@ class ResidentLoader:
                 self.images, policy, rows=order.rows, views=views, device=ranks.device, dtype=dtype, limit_gib=limit_gib
             )
             if self._gpu.resident:
-                self.images = self.images[:0]  # the host's are not needed any more
+                self.images = np.empty((0, *self.images.shape[1:]), np.uint8)  # the host's are not needed any more
 
     def fingerprint(self) -> str:
         """What makes the views, beside the configuration."""
@@ -108,7 +111,9 @@ class ResidentLoader:
             self.policy, seed=self.order.seed, epoch=self.order.epoch(step), indices=wanted,
             sizes=np.tile([width, height], (len(wanted), 1)), views=self.views,
         )  # fmt: skip
-        return _Drawn(step, wanted, params)
+        # A copy in the order of its axes, whatever that of a memory map is.
+        images = np.ascontiguousarray(self.images[wanted]) if len(self.images) else None
+        return _Drawn(step, wanted, images, params)
 
     def _made(self, drawn: _Drawn) -> Batch:
         read = self._read[drawn.wanted]
@@ -118,9 +123,10 @@ class ResidentLoader:
 
     def _views_on_cpu(self, drawn: _Drawn) -> Tensor:
         """[V * n, 3, S, S], float32."""
+        assert drawn.images is not None
         mean, std = self.policy.statistics
         return augment_views(
-            torch.from_numpy(self.images[drawn.wanted]), source=np.tile(np.arange(len(drawn.wanted)), self.views),
+            torch.from_numpy(drawn.images), source=np.tile(np.arange(len(drawn.wanted)), self.views),
             size=self.policy.size, mean=mean, std=std, **drawn.params._asdict(),
         )  # fmt: skip
 
@@ -134,25 +140,43 @@ def all_images(dataset: ImageDataset, threads: int) -> tuple[NDArray[np.uint8], 
     if isinstance(dataset, ArrayDataset):
         return dataset.images, np.arange(n)
     if isinstance(dataset, EncodedDataset):
-        sizes, counts = np.unique(dataset.facts.sizes, axis=0, return_counts=True)
-        if len(sizes) > 1:
-            odd = int(np.flatnonzero((dataset.facts.sizes != sizes[counts.argmax()]).any(axis=1))[0])
-            width, height = dataset.facts.sizes[odd]
-            raise DataError(
-                f"data.loader: resident takes images of one size, and {dataset.name} has {len(sizes)}: "
-                f"{dataset.describe(odd)} is {width} x {height} px; use data.loader=dali or torchvision"
-            )
+        _check_sizes(dataset)
 
     def image(index: int) -> tuple[NDArray[np.uint8], int]:
         pixels, read = readable(dataset, index, dataset.image)
         return np.asarray(pixels), read
 
     first, _ = image(0)
+    needed, free = n * first.nbytes, psutil.virtual_memory().available
+    if needed > free:
+        raise DataError(
+            f"data.loader: resident would decode {dataset.name} to {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB of "
+            "memory are free; use data.loader=dali or torchvision"
+        )
     pixels, read = np.empty((n, *first.shape), np.uint8), np.empty(n, np.int64)
-    with ThreadPoolExecutor(threads) as pool:  # decoders hold no lock
+    with ThreadPoolExecutor(threads) as pool, progress("decoding images", n) as advance:  # decoders hold no lock
         for i, (found, index) in enumerate(pool.map(image, range(n))):
+            if found.shape != first.shape:
+                height, width, _ = found.shape
+                raise DataError(f"{dataset.describe(index)} is {width} x {height} px, unlike the first; {_ONE_SIZE}")
             pixels[i], read[i] = found, index
+            advance(1)
     return pixels, read
+
+
+_ONE_SIZE = "data.loader: resident takes images of one size; use data.loader=dali or torchvision"
+
+
+def _check_sizes(dataset: EncodedDataset) -> None:
+    """Raises DataError where the scan found several, before anything is decoded."""
+    sizes, counts = np.unique(dataset.facts.sizes, axis=0, return_counts=True)
+    if len(sizes) > 1:
+        odd = int(np.flatnonzero((dataset.facts.sizes != sizes[counts.argmax()]).any(axis=1))[0])
+        width, height = dataset.facts.sizes[odd]
+        raise DataError(
+            f"{dataset.describe(odd)} is {width} x {height} px, one of {len(sizes)} sizes in {dataset.name}; "
+            f"{_ONE_SIZE}"
+        )
 
 
 class _OnGpu:
@@ -174,12 +198,11 @@ class _OnGpu:
         limit = FREE_SHARE * free if limit_gib is None else limit_gib * GIB
         self.resident = N * height * width * 4 <= limit
         self.launched_outside = False
-        self._images, self._views, self._blur = images, views, policy.blur > 0
+        self._views, self._blur = views, policy.blur > 0
         self._pixels = torch.zeros((N if self.resident else rows, height, width, 4), dtype=torch.uint8, device=device)
         if self.resident:
             for part, target in zip(_parts(images), self._pixels.split(PART), strict=True):
                 target[..., :3].copy_(torch.from_numpy(part))
-            self._images = images[:0]
         self._statistics = scale_and_shift(*policy.statistics).to(device)
         m, S = views * rows, policy.size
         self._new = lambda: new_views(m, S, dtype, device)
@@ -214,7 +237,8 @@ class _OnGpu:
         table_of(source, **drawn.params._asdict(), out=slot.table)
         self._table.copy_(slot.table, non_blocking=True)
         if slot.images is not None:
-            np.take(self._images, drawn.wanted, axis=0, out=slot.images.numpy())
+            assert drawn.images is not None
+            np.copyto(slot.images.numpy(), drawn.images)
             self._pixels[..., :3].copy_(slot.images, non_blocking=True)
         slot.sent.record()
 

@@ -1,5 +1,7 @@
 """Peers under real DeepSpeed engines: configuration, ZeRO stages, ranks, precision, state."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -246,6 +248,37 @@ def test_bf16_is_autocast_over_fp32_weights():
     np.testing.assert_allclose(result["history"], result["exact"], rtol=0.03)
     assert result["history"] != result["exact"]
     assert result["training"], "features leave the module in training mode"
+
+
+def state_of_a_gpu(name: str) -> tuple[list, list, list]:
+    """Losses after the state of step 3, as it is and as a run on a GPU with captured steps would have saved it."""
+    ranks = distributed.start()
+    cfg = config(engine={"precision": "fp32"}, optimizer={"name": name, "lr": 1e-3})
+    engines, _ = train(cfg, ranks, 3)
+    state = [(engine.weights(), engine.optimizer_state()) for engine in engines]
+    results = []
+    for saved_on in ("cpu", "gpu"):
+        fresh = build_engines(cfg, ranks, SIZE)
+        for engine, (weights, optimizer) in zip(fresh, copy.deepcopy(state), strict=True):
+            groups = optimizer["param_groups"]
+            if saved_on == "gpu":
+                flags = {"fused": True, "capturable": True}
+                groups = [{**group, **flags, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups]
+            engine.load_weights(weights)
+            engine.load_optimizer_state({**optimizer, "param_groups": groups})
+            set_learning_rate(engine.optimizer, float(groups[0]["lr"]))  # as every step of a run does
+        results.append(train(cfg, ranks, 3, fresh)[1])
+    flags = [(group.get("fused"), group.get("capturable")) for e in fresh for group in e.optimizer.param_groups]
+    distributed.stop()
+    return results[0], results[1], flags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_run_of_a_gpu_goes_on_on_a_cpu(name):
+    ((as_it_is, from_a_gpu, flags),) = run_ranks(state_of_a_gpu, 1, name)
+    assert as_it_is == from_a_gpu
+    assert not any(flag for both in flags for flag in both)
 
 
 def round_trip(stage: int) -> tuple[list, list, list]:

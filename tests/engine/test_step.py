@@ -10,7 +10,7 @@ from ranks import run_ranks
 from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.distributed import Ranks
-from engine.step import WARM_UP, CapturedStep, Finite, captures
+from engine.step import WARM_UP, CapturedStep, Finite, captures, describe_capture
 from engine.trainer import NonFiniteLoss, Trainer
 
 # -- captured
@@ -75,8 +75,7 @@ def test_a_captured_run_is_the_run_without(settings, gpu, loader, optimizer):
     settings["eval"]["knn"]["every_steps"] = 6
     for peer in settings["peers"]:
         peer["optimizer"] = optimizer
-    settings["engine"] = {"precision": "fp32"}
-    settings["engine"]["capture"] = False
+    settings["engine"] = {"precision": "fp32", "capture": False}
     without = trained(settings, gpu, "without")
     captured = trained(settings, gpu, "captured", engine={"capture": True})
     assert is_captured(captured) and not is_captured(without)
@@ -87,8 +86,7 @@ def test_a_captured_run_is_the_run_without(settings, gpu, loader, optimizer):
 def test_a_captured_run_in_bf16_and_shared_views(settings, gpu):
     settings["run"]["steps"] = 12
     settings["data"].update(loader="resident", batch_size=16, views="shared")
-    settings["engine"] = {"precision": "bf16"}
-    settings["engine"]["capture"] = False
+    settings["engine"] = {"precision": "bf16", "capture": False}
     without = trained(settings, gpu, "without")
     captured = trained(settings, gpu, "captured", engine={"capture": True})
     assert is_captured(captured)
@@ -100,8 +98,7 @@ def test_one_peer_is_captured_too(settings, gpu):
     settings["run"]["steps"] = 8
     settings["data"].update(loader="resident", batch_size=16)
     settings["peers"] = settings["peers"][:1]
-    settings["engine"] = {"precision": "fp32"}
-    settings["engine"]["capture"] = False
+    settings["engine"] = {"precision": "fp32", "capture": False}
     without = trained(settings, gpu, "without")
     captured = trained(settings, gpu, "captured", engine={"capture": True})
     assert is_captured(captured)
@@ -196,11 +193,25 @@ def test_auto_captures_what_is_resident(settings):
     assert not captures(parse_config(settings), GPU)
 
 
+def test_a_run_says_whether_it_is_captured(settings, alone):
+    cfg = parse_config(settings)
+    assert describe_capture(cfg, alone) == []
+    assert "not captured (engine.capture: by itself with data.loader=resident" in describe_capture(cfg, GPU)[0]
+    settings["data"]["loader"] = "resident"
+    assert describe_capture(parse_config(settings), GPU) == [
+        "the training step is captured as CUDA graphs (engine.capture)"
+    ]
+    assert "takes one GPU, found 2 ranks" in describe_capture(parse_config(settings), TWO)[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"zero_stage": 1}, "engine.capture: takes engine.zero_stage=0, found 1; use engine.capture=false"),
-        ({"deepspeed": {"gradient_clipping": 1.0}}, "engine.capture: DeepSpeed's gradient_clipping waits"),
+        (
+            {"deepspeed": {"gradient_clipping": 1.0, "wall_clock_breakdown": True}},
+            "engine.capture: takes no engine.deepspeed settings, found gradient_clipping, wall_clock_breakdown; use",
+        ),
     ],
 )
 def test_what_cannot_be_captured(settings, change, message):

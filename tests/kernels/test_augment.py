@@ -6,19 +6,18 @@ import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import exact, mixed, noise, pillows, plain, smooth
 from PIL import Image
 
 from engine.config import AugmentConfig
-from engine.data.augment import ORDERS, UNIFORMS, ViewParams, build_policy, uniforms
+from engine.data.augment import UNIFORMS, build_policy, uniforms
 from kernels import augment_views, native
 
 ROOT = Path(__file__).parents[2]
@@ -26,30 +25,6 @@ PHOTOS = ROOT.parent / "shared" / "data" / "imagewoof320-mini.tar"
 CAPABILITIES = ["default", "avx2", "avx512"]
 
 pytestmark = pytest.mark.skipif(native.core is None, reason=native.missing)
-exact = pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 always resizes along rows first"
-)
-
-
-def plain(box, **changes) -> ViewParams:
-    """Parameters that change nothing but for the crop, and the changes."""
-    m = len(box)
-    fields = {
-        "box": np.asarray(box, dtype=np.int64), "flip": np.zeros(m, bool), "jitter": np.zeros(m, bool),
-        "factors": np.tile([1.0, 1.0, 1.0, 0.0], (m, 1)), "order": np.tile(np.arange(4), (m, 1)),
-        "grayscale": np.zeros(m, bool), "sigma": np.zeros(m), "solarize": np.zeros(m, bool),
-    }  # fmt: skip
-    return ViewParams(**{**fields, **changes})
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def smooth(height, width):
-    """Gradients with few levels between neighbours, where a rounding more or less shows."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack((x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)), axis=-1).astype(np.uint8)
 
 
 def made(images, source, params, size) -> np.ndarray:
@@ -60,32 +35,8 @@ def made(images, source, params, size) -> np.ndarray:
     return pixels
 
 
-def pillows(images, source, params, size) -> np.ndarray:
-    policy = replace(build_policy(AugmentConfig(), 224), size=size)
-    pictures = [Image.fromarray(np.asarray(image)) for image in images]
-    return np.stack([policy.apply(pictures[k], params, i) for i, k in enumerate(source)])
-
-
 def check(images, source, params, size):
     np.testing.assert_array_equal(made(images, source, params, size), pillows(images, source, params, size))
-
-
-def mixed(m, sizes, rng, largest_sigma=3.0) -> tuple[np.ndarray, ViewParams]:
-    """m views of images of these (height, width), with everything in them."""
-    source = rng.integers(0, len(sizes), m)
-    height, width = np.array(sizes)[source].T
-    w, h = rng.integers(1, width + 1), rng.integers(1, height + 1)
-    params = ViewParams(
-        box=np.stack((rng.integers(0, width - w + 1), rng.integers(0, height - h + 1), w, h), axis=1),
-        flip=rng.random(m) < 0.5,
-        jitter=rng.random(m) < 0.8,
-        factors=np.column_stack((rng.uniform(0, 2.5, (m, 3)), rng.uniform(-0.5, 0.5, m))),
-        order=ORDERS[rng.integers(0, 24, m)],
-        grayscale=rng.random(m) < 0.2,
-        sigma=np.where(rng.random(m) < 0.5, rng.uniform(0.05, largest_sigma, m), 0.0),
-        solarize=rng.random(m) < 0.2,
-    )
-    return source, params
 
 
 # -- against Pillow
@@ -275,7 +226,8 @@ def digest() -> str:
 def test_instruction_sets_agree_to_the_bit():
     highest = torch.backends.cpu.get_cpu_capability().lower()
     here = CAPABILITIES[: CAPABILITIES.index(highest) + 1] if highest in CAPABILITIES else ["default"]
-    program = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]; import test_augment as t; "
+    places = [str(folder) for folder in (ROOT, ROOT / "tests", Path(__file__).parent)]
+    program = f"import sys; sys.path[:0] = {places}; import test_augment as t; "
     for capability in here:
         done = subprocess.run(
             [sys.executable, "-c", program + "print(t.digest())"], capture_output=True, text=True, cwd=ROOT,
@@ -348,6 +300,20 @@ def test_bad_arguments(changes, message):
 def test_a_gpus_images_are_refused():
     with pytest.raises(ValueError, match=r"images\[0\]: a dense CPU tensor is expected, found .* on cuda:0"):
         augment_views(**a_call(images=[torch.zeros(5, 5, 3, dtype=torch.uint8, device="cuda")] * 3))
+
+
+def test_a_batch_as_one_tensor():
+    images = torch.from_numpy(np.stack([noise(30, 26, seed) for seed in range(3)]))
+    source, params = mixed(9, [(30, 26)] * 3, np.random.default_rng(2))
+    call = {"source": source, **params._asdict(), "size": 20, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    wanted = augment_views(list(images), **call)
+    strided = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for batch in (images, strided, torch.cat((images, images[..., :1]), dim=3)):
+        torch.testing.assert_close(augment_views(batch, **call), wanted, rtol=0, atol=1e-6)
+    half = augment_views(images, **call, dtype=torch.float16)
+    assert half.dtype == torch.float16 and (half.float() - wanted).abs().max() < 5e-3
+    none = {name: value[:0] for name, value in call.items() if isinstance(value, np.ndarray)}
+    assert augment_views(images, **{**call, **none, "source": []}).shape == (0, 3, 20, 20)
 
 
 def test_without_the_core(monkeypatch):

@@ -1,23 +1,16 @@
 """Views in plain PyTorch against Pillow's and the native core's: the same bytes, one operation or all together."""
 
-from dataclasses import replace
-
 import numpy as np
-import PIL
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from pictures import exact, mixed, noise, pillows, plain, smooth
 
-from engine.config import AugmentConfig
-from engine.data.augment import ORDERS, ViewParams, build_policy
+from engine.data.augment import ORDERS
 from kernels import augment_torch, augment_views, native
 from kernels.augment_table import BOX_BITS, WIDTH, Column, table_of
 
-exact = pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 always resizes along rows first"
-)
 built = pytest.mark.skipif(native.core is None, reason=native.missing)
 
 SIGMAS = np.array([1e-3, 0.1, 0.3, 0.7, 1.0, 1.4, 1.42, 1.9, 2.0, 2.45, 3.0, 7.7, 30.0, 1000.0, 1e4])
@@ -30,27 +23,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def plain(box, **changes) -> ViewParams:
-    """Parameters that change nothing but for the crop, and the changes."""
-    m = len(box)
-    fields = {
-        "box": np.asarray(box, dtype=np.int64), "flip": np.zeros(m, bool), "jitter": np.zeros(m, bool),
-        "factors": np.tile([1.0, 1.0, 1.0, 0.0], (m, 1)), "order": np.tile(np.arange(4), (m, 1)),
-        "grayscale": np.zeros(m, bool), "sigma": np.zeros(m), "solarize": np.zeros(m, bool),
-    }  # fmt: skip
-    return ViewParams(**{**fields, **changes})
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def smooth(height, width):
-    """Gradients with few levels between neighbours, where a rounding more or less shows."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack((x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)), axis=-1).astype(np.uint8)
 
 
 def batch_of(images) -> torch.Tensor:
@@ -71,12 +43,6 @@ def made(images, source, params, size) -> np.ndarray:
     return views.cpu().numpy()
 
 
-def pillows(images, source, params, size) -> np.ndarray:
-    policy = replace(build_policy(AugmentConfig(), 224), size=size)
-    pictures = [Image.fromarray(np.asarray(image)) for image in images]
-    return np.stack([policy.apply(pictures[k], params, i) for i, k in enumerate(source)])
-
-
 def natives(images, source, params, size) -> np.ndarray:
     views = augment_views(images, source=source, **params._asdict(), size=size, mean=(0, 0, 0), std=(1 / 255,) * 3)
     return views.permute(0, 2, 3, 1).numpy()
@@ -84,24 +50,6 @@ def natives(images, source, params, size) -> np.ndarray:
 
 def check(images, source, params, size):
     np.testing.assert_array_equal(made(images, source, params, size), pillows(images, source, params, size))
-
-
-def mixed(m, sizes, rng, largest_sigma=3.0) -> tuple[np.ndarray, ViewParams]:
-    """m views of images of these (height, width), with everything in them."""
-    source = rng.integers(0, len(sizes), m)
-    height, width = np.array(sizes)[source].T
-    w, h = rng.integers(1, width + 1), rng.integers(1, height + 1)
-    params = ViewParams(
-        box=np.stack((rng.integers(0, width - w + 1), rng.integers(0, height - h + 1), w, h), axis=1),
-        flip=rng.random(m) < 0.5,
-        jitter=rng.random(m) < 0.8,
-        factors=np.column_stack((rng.uniform(0, 2.5, (m, 3)), rng.uniform(-0.5, 0.5, m))),
-        order=ORDERS[rng.integers(0, 24, m)],
-        grayscale=rng.random(m) < 0.2,
-        sigma=np.where(rng.random(m) < 0.5, rng.uniform(0.05, largest_sigma, m), 0.0),
-        solarize=rng.random(m) < 0.2,
-    )
-    return source, params
 
 
 # -- against Pillow

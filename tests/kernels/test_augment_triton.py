@@ -2,13 +2,12 @@
 
 import io
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
 import torch
+from pictures import exact, mixed, noise, pillows, plain, smooth
 from PIL import Image
 
 from engine.config import AugmentConfig
@@ -21,49 +20,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagewoof320-mini.tar"
 BYTES = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}  # views are the bytes themselves
 
-exact = pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 always resizes along rows first"
-)
+
+def batch(n, height, width) -> np.ndarray:
+    return np.stack([noise(height, width, seed) for seed in range(n)])
 
 
-def noise(n, height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
-
-
-def smooth(height, width):
-    """Gradients with few levels between neighbours, where a rounding more or less shows."""
-    y, x = np.mgrid[:height, :width]
-    channels = (x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width))
-    return np.stack(channels, axis=-1).astype(np.uint8)[None]
-
-
-def mixed(m, n, height, width, seed=0, blur=0.5, largest_sigma=3.0) -> tuple[np.ndarray, ViewParams]:
-    """m views with everything in them."""
-    rng = np.random.default_rng(seed)
-    w, h = rng.integers(1, width + 1, m), rng.integers(1, height + 1, m)
-    w[:2], h[:2] = (width, 1)[:m], (height, 1)[:m]  # the whole image, and one pixel
-    params = ViewParams(
-        box=np.stack((rng.integers(0, width - w + 1), rng.integers(0, height - h + 1), w, h), axis=1),
-        flip=rng.random(m) < 0.5,
-        jitter=rng.random(m) < 0.8,
-        factors=np.column_stack((rng.uniform(0, 2.5, (m, 3)), rng.uniform(-0.5, 0.5, m))),
-        order=ORDERS[rng.integers(0, 24, m)],
-        grayscale=rng.random(m) < 0.2,
-        sigma=np.where(rng.random(m) < blur, rng.uniform(0.05, largest_sigma, m), 0.0),
-        solarize=rng.random(m) < 0.2,
-    )
-    return rng.integers(0, n, m), params
-
-
-def plain(box, **changes) -> ViewParams:
-    """Parameters that change nothing but for the crop, and the changes."""
-    m = len(box)
-    fields = {
-        "box": np.asarray(box, dtype=np.int64), "flip": np.zeros(m, bool), "jitter": np.zeros(m, bool),
-        "factors": np.tile([1.0, 1.0, 1.0, 0.0], (m, 1)), "order": np.tile(np.arange(4), (m, 1)),
-        "grayscale": np.zeros(m, bool), "sigma": np.zeros(m), "solarize": np.zeros(m, bool),
-    }  # fmt: skip
-    return ViewParams(**{**fields, **changes})
+def everything(m, n, height, width, seed=0) -> tuple[np.ndarray, ViewParams]:
+    """m views of n images of one size with everything in them; the whole image and one pixel first."""
+    source, params = mixed(m, [(height, width)] * n, np.random.default_rng(seed))
+    params.box[:2] = [(0, 0, width, height), (width - 1, 0, 1, 1)]
+    return source, params
 
 
 def made(images, source, params, size, *, channels=3) -> np.ndarray:
@@ -88,12 +54,11 @@ def check(images, source, params, size, **options):
     ("height", "width", "size"), [(32, 32, 32), (20, 31, 31), (64, 64, 64), (1, 1, 5), (7, 90, 9), (40, 28, 17)]
 )
 def test_everything_at_once(height, width, size, channels):
-    check(
-        noise(3, height, width), *mixed(40 if DEVICE.type == "cuda" else 12, 3, height, width), size, channels=channels
-    )
+    m = 40 if DEVICE.type == "cuda" else 12
+    check(batch(3, height, width), *everything(m, 3, height, width), size, channels=channels)
 
 
-@pytest.mark.parametrize("image", [noise(1, 30, 30), smooth(30, 30)], ids=["noise", "smooth"])
+@pytest.mark.parametrize("image", [batch(1, 30, 30), smooth(30, 30)[None]], ids=["noise", "smooth"])
 @pytest.mark.parametrize("operation", range(4))
 def test_colours(image, operation):
     values = np.linspace(-0.5, 0.5, 21) if operation == 3 else np.array([0, 1e-6, 0.2, 0.77, 1, 1.3, 2, 40, -1, 3e8])
@@ -119,7 +84,7 @@ def test_hue_of_many_colours(hue):
 def test_all_orders_of_the_colours():
     factors = np.tile([0.6, 1.7, 0.4, 0.11], (24, 1))
     params = plain([(0, 0, 18, 18)] * 24, factors=factors, jitter=np.ones(24, bool), order=ORDERS)
-    check(noise(1, 18, 18), np.zeros(24, int), params, 18)
+    check(batch(1, 18, 18), np.zeros(24, int), params, 18)
 
 
 @pytest.mark.parametrize("size", [1, 2, 17, 40])
@@ -127,47 +92,65 @@ def test_blurs(size):
     sigma = np.array([1e-3, 0.1, 0.7, 1.0, 1.42, 2.0, 3.0, 7.7, 100.0])
     m = len(sigma)
     params = plain([(0, 0, size, size)] * m, sigma=sigma, solarize=np.arange(m) % 2 == 1)
-    check(noise(1, size, size), np.zeros(m, int), params, size)
+    check(batch(1, size, size), np.zeros(m, int), params, size)
 
 
 def test_either_order_of_passes():
     sides = [(w, h) for w in (8, 16, 17, 40) for h in (15, 16, 17, 18, 24, 25, 48, 60)]
-    check(noise(1, 60, 40), np.zeros(len(sides), int), plain([(0, 0, w, h) for w, h in sides]), 16)
+    check(batch(1, 60, 40), np.zeros(len(sides), int), plain([(0, 0, w, h) for w, h in sides]), 16)
 
 
 def test_views_larger_than_a_program_holds(monkeypatch):
     monkeypatch.setattr(augment_triton, "MOST_WHOLE", 256)
     monkeypatch.setattr(augment_triton, "TILE", 512)
-    check(noise(2, 33, 31), *mixed(8, 2, 33, 31), 33)
-    check(noise(2, 40, 31), *mixed(8, 2, 40, 31), 25)
+    check(batch(2, 33, 31), *everything(8, 2, 33, 31), 33)
+    check(batch(2, 40, 31), *everything(8, 2, 40, 31), 25)
+
+
+def photos(side: int, every: int) -> np.ndarray:
+    with tarfile.open(PHOTOS) as tar:
+        names = [name for name in tar.getnames() if name.lower().endswith((".jpeg", ".jpg", ".png"))][::every]
+        pictures = [Image.open(io.BytesIO(tar.extractfile(name).read())).convert("RGB") for name in names]
+    return np.stack([np.asarray(picture.resize((side, side))) for picture in pictures])
+
+
+ALONE = {  # an operation by itself: strengths and probabilities of the policy
+    "crop": {},
+    "flip": {"flip": 1.0},
+    "brightness": {"jitter": 1.0, "brightness": 0.8},
+    "contrast": {"jitter": 1.0, "contrast": 0.8},
+    "saturation": {"jitter": 1.0, "saturation": 0.8},
+    "hue": {"jitter": 1.0, "hue": 0.2},
+    "grayscale": {"grayscale": 1.0},
+    "blur": {"blur": 1.0},
+    "solarize": {"solarize": 1.0},
+}
+NOTHING = dict.fromkeys(
+    ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize"), 0.0
+)
 
 
 @exact
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the photos are not on this machine")
-@pytest.mark.parametrize("size", [32, 96])
-def test_real_photos_are_pillows(size):
-    with tarfile.open(PHOTOS) as tar:
-        names = [name for name in tar.getnames() if name.lower().endswith((".jpeg", ".jpg", ".png"))][::200]
-        pictures = [Image.open(io.BytesIO(tar.extractfile(name).read())).convert("RGB") for name in names]
-    images = np.stack([np.asarray(picture.resize((96, 96))) for picture in pictures])
-    policy = replace(build_policy(AugmentConfig(blur=0.5, solarize=0.2), 96), size=size)
-    views, n = 2, len(images)
-    params = draw_views(
-        policy, seed=3, epoch=0, indices=np.arange(n), sizes=np.tile([96, 96], (n, 1)), views=views
-    )  # fmt: skip
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("operation", [*ALONE, "all"])
+def test_real_photos_are_pillows(operation, size):
+    """Crops of 48-px photos, larger than the views and not; torchvision's functions on PIL images."""
+    images, views = photos(48, 200), 2
+    changes = {**NOTHING, **ALONE[operation]} if operation != "all" else {"blur": 0.5, "solarize": 0.2}
+    policy = build_policy(AugmentConfig(**changes), size)
+    n = len(images)
+    params = draw_views(policy, seed=3, epoch=0, indices=np.arange(n), sizes=np.tile([48, 48], (n, 1)), views=views)
     source = np.tile(np.arange(n), views)
-    wanted = [policy.apply(Image.fromarray(images[k]), params, i) for i, k in enumerate(source)]
-    np.testing.assert_array_equal(made(images, source, params, size, channels=4), np.stack(wanted))
+    np.testing.assert_array_equal(made(images, source, params, size, channels=4), pillows(images, source, params, size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_normalised_in_every_precision(dtype):
-    images, (source, params) = noise(2, 24, 24), mixed(9, 2, 24, 24)
+    images, (source, params) = batch(2, 24, 24), everything(9, 2, 24, 24)
     statistics = {"mean": (0.49, 0.48, 0.44), "std": (0.25, 0.24, 0.26)}
-    batch = torch.from_numpy(images).to(DEVICE)
-    views = augment_views(
-        batch, source=source, **params._asdict(), size=24, dtype=dtype, backend="triton", **statistics
-    )  # fmt: skip
+    call = {"source": source, **params._asdict(), **statistics, "size": 24, "dtype": dtype, "backend": "triton"}
+    views = augment_views(torch.from_numpy(images).to(DEVICE), **call)
     assert views.dtype == dtype and views.is_contiguous(memory_format=torch.channels_last)
     pixels = augment_torch.views(torch.from_numpy(images), table_of(source, *params), size=24).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(statistics[name]).double().view(3, 1, 1) for name in ("mean", "std"))
@@ -181,8 +164,9 @@ def test_normalised_in_every_precision(dtype):
 
 @pytest.mark.gpu
 def test_launches_can_be_captured_and_wait_for_nothing():
-    images = torch.from_numpy(noise(3, 40, 40)).cuda()
-    first, second = (table_of(source, *params).cuda() for source, params in (mixed(16, 3, 40, 40, s) for s in (1, 2)))
+    images = torch.from_numpy(batch(3, 40, 40)).cuda()
+    drawn = (everything(16, 3, 40, 40, seed) for seed in (1, 2))
+    first, second = (table_of(source, *params).cuda() for source, params in drawn)
     table, statistics = first.clone(), scale_and_shift((0, 0, 0), (1 / 255,) * 3).cuda()
     out = new_views(16, 40, torch.float32, images.device)
     passes = torch.empty((2, 16, 40, 40, 3), dtype=torch.uint8, device="cuda")
@@ -239,6 +223,13 @@ def test_bad_arguments(changes, message):
         call["images"] = call["images"].to(DEVICE)
     with pytest.raises(ValueError, match=message):
         augment_views(**call)
+
+
+def test_views_that_are_too_large():
+    one = plain([(0, 0, 5, 5)])
+    call = {"source": np.zeros(1, int), **one._asdict(), "size": 2049, **BYTES, "backend": "triton"}
+    with pytest.raises(ValueError, match="size: the GPU's kernels make views of up to 2048 px, found 2049"):
+        augment_views(torch.zeros((1, 5, 5, 3), dtype=torch.uint8, device=DEVICE), **call)
 
 
 def test_no_views():

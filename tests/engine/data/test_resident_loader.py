@@ -1,13 +1,16 @@
 """The resident loader: the same batches as the torchvision loader's, from memory, on a CPU and on a GPU."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from engine.config import AugmentConfig, ConfigError, parse_config
 from engine.data.augment import build_policy
-from engine.data.dataset import ArrayDataset, DataError
+from engine.data.dataset import ArrayDataset, DataError, ImageDataset
 from engine.data.folder import open_folder
 from engine.data.order import BatchOrder
 from engine.data.resident_loader import ResidentLoader, all_images
@@ -122,7 +125,8 @@ def test_files_of_several_sizes_are_refused(folder):
     Image.new("RGB", (27, 30)).save(folder / "class1" / "odd.png")
     dataset, _ = open_folder(folder)
     with pytest.raises(
-        DataError, match=r"data.loader: resident takes images of one size, and .* has 2: .*odd.png is 27 x 30 px; use"
+        DataError,
+        match=r"odd.png is 27 x 30 px, one of 2 sizes in .*; data.loader: resident takes images of one size; use",
     ):
         loader(ResidentLoader, dataset)
 
@@ -139,7 +143,60 @@ def test_an_unreadable_file_is_replaced_and_named(folder):
     assert len(resident.skipped) == 1
 
 
+class Odd(ImageDataset):
+    """Neither an array nor files: images whose sizes show when they are read."""
+
+    name, labels, num_classes = "odd", None, None
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __len__(self) -> int:
+        return 12
+
+    def image(self, index: int) -> np.ndarray:
+        return np.full((24, self.side if index == 7 else 24, 3), index, np.uint8)
+
+    def describe(self, index: int) -> str:
+        return f"odd[{index}]"
+
+    def fingerprint(self) -> str:
+        return "odd"
+
+
+def test_sizes_that_show_late():
+    pixels, read = all_images(Odd(24), 2)
+    assert (pixels == np.arange(12)[:, None, None, None]).all() and (read == np.arange(12)).all()
+    with pytest.raises(DataError, match=r"odd\[7\] is 1 x 24 px, unlike the first; data.loader: resident takes"):
+        all_images(Odd(1), 2)
+
+
+def test_more_than_there_is_memory_for(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=12 * 24 * 24 * 3 - 1))
+    with pytest.raises(DataError, match=r"data.loader: resident would decode odd to 0.0 GiB, and 0.0 GiB of memory"):
+        all_images(Odd(24), 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_memory_map_of_other_axes(tmp_path, device):
+    """STL-10's file has columns before rows and channels first."""
+    file = tmp_path / "images.bin"
+    file.write_bytes(np.random.default_rng(0).integers(0, 256, 40 * 3 * SIZE * SIZE, dtype=np.uint8).tobytes())
+    images = np.memmap(file, np.uint8, mode="r").reshape(40, 3, SIZE, SIZE).transpose(0, 3, 2, 1)
+    dataset = ArrayDataset("transposed", images, None)
+    wanted = list(loader(TorchLoader, dataset).batches(0, 4))
+    for limit_gib in (None, 1e-9):
+        assert_same(list(loader(ResidentLoader, dataset, device, limit_gib=limit_gib).batches(0, 4)), wanted)
+
+
 # -- on a GPU
+
+
+@pytest.mark.gpu
+def test_the_hosts_images_are_let_go():
+    images = np.random.default_rng(0).integers(0, 256, (40, SIZE, SIZE, 3), dtype=np.uint8)
+    resident = loader(ResidentLoader, ArrayDataset("noise", images, None), "cuda")
+    assert resident.images.base is None and resident.images.nbytes == 0
 
 
 @pytest.mark.gpu
