@@ -262,7 +262,7 @@ def state_of_a_gpu(name: str) -> tuple[list, list, list]:
         for engine, (weights, optimizer) in zip(fresh, copy.deepcopy(state), strict=True):
             groups = optimizer["param_groups"]
             if saved_on == "gpu":
-                flags = {"fused": True, "capturable": True}
+                flags = {flag: True for flag in ("fused", "capturable") if flag in groups[0]}
                 groups = [{**group, **flags, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups]
             engine.load_weights(weights)
             engine.load_optimizer_state({**optimizer, "param_groups": groups})
