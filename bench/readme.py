@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import augment, data_stream, optimizer
 from bench.providers import BACKWARD
 from bench.rows import RESULTS, ROOT, Row, read_rows
-from bench.step import PROVIDERS
+from bench.step_providers import PROVIDERS
 
 README = ROOT / "README.md"
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from bench import step
+from bench import step, step_providers
 from bench.rows import ROW_KEYS, Stats, environment, make_row
-from bench.step import CAPTURED, ENGINE, REFERENCE, TORCHVISION, Case, Training
+from bench.step_providers import CAPTURED, ENGINE, REFERENCE, TORCHVISION, Case, Training
 from engine.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -154,14 +154,14 @@ def test_the_table_compares_with_the_reference_and_tells_the_time_of_a_run():
     assert step.cells(rows[:1])[0][5] == "-"
 
 
-@pytest.mark.parametrize("name", step.PRESETS)
+@pytest.mark.parametrize("name", step_providers.PRESETS)
 def test_configurations_are_those_of_the_presets(name, tmp_path):
-    preset = step.PRESETS[name]
+    preset = step_providers.PRESETS[name]
     for pair in preset.pairs:
-        for provider in step.PROVIDERS:
-            cfg = step.configuration(Case(name, pair, 256), provider, tmp_path)
+        for provider in step_providers.PROVIDERS:
+            cfg = step_providers.configuration(Case(name, pair, 256), provider, tmp_path)
             assert "+".join(peer.backbone for peer in cfg.peers) == pair
-            assert cfg.data.batch_size == 256 and cfg.run.steps == step.MOST_STEPS
+            assert cfg.data.batch_size == 256 and cfg.run.steps == step_providers.MOST_STEPS
             assert cfg.run.save_every_steps is cfg.eval.knn.every_steps is None
             assert cfg.engine.capture == (provider == CAPTURED)
             assert cfg.data.loader == ("torchvision" if provider == TORCHVISION else "resident")
@@ -263,7 +263,7 @@ def test_the_command_on_a_gpu(noise, tmp_path):
     (file,) = tmp_path.glob("*/step.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {(row["provider"], row["metric"]) for row in rows} == {
-        (name, metric) for name in step.PROVIDERS for metric in ("images_per_s", "bytes")
+        (name, metric) for name in step_providers.PROVIDERS for metric in ("images_per_s", "bytes")
     }
     assert all(row["p50"] > 0 for row in rows)
     assert {row["case"]["precision"] for row in rows} == {"bf16"}
