@@ -52,8 +52,8 @@ gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=
 	$(BIN)/python -m bench loss --quick
 	$(BIN)/python -m bench optimizer --quick
 	$(BIN)/python -m bench augment --quick
-	$(BIN)/python -m bench step --quick
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS) --quick)
+	$(BIN)/python -m bench step --quick
 
 format: setup  ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .
