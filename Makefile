@@ -41,9 +41,9 @@ bench: setup  ## the microbenchmarks that this machine can run; PHOTOS=FOLDER fo
 	$(BIN)/python -m bench loss
 	$(BIN)/python -m bench optimizer
 	$(BIN)/python -m bench augment
-	$(BIN)/python -m bench step
 	$(BIN)/python -m bench budgets
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS))
+	$(BIN)/python -m bench step
 
 # GPU tests first: what they find comes before any number.
 gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=FOLDER for the loaders too

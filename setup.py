@@ -132,13 +132,14 @@ setup(
         "pyyaml",
         "safetensors",
         "filelock",
+        "psutil",
         "tensorboard",
         "matplotlib",
         "rich",
     ],
     extras_require={
-        # What the losses are compared with; each is left out of the benchmark where it is not installed.
-        "bench": ["lightly", "memeff", "inf-cl"],
+        # What losses and views are compared with; each is left out of the benchmark where it is not installed.
+        "bench": ["lightly", "memeff", "inf-cl", "kornia"],
         # The DALI loader, for the CUDA release of torch's own wheel; on a CPU either does.
         "dali-cuda13": ["nvidia-dali-cuda130>=2.2"],
         "dali-cuda12": ["nvidia-dali-cuda120>=2.2"],

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Call, Failure, guarded
-from bench.reference import cores
+from bench.reference import PREFETCH, cores
 from bench.rows import RESULTS, Environment, Row, append_rows, environment, make_row
 from engine.config import AugmentConfig
 from engine.data.augment import AugmentPolicy, ViewParams, build_policy, draw_views
 from engine.data.dataset import ArrayDataset
 from engine.data.order import Batch, BatchOrder
-from engine.data.resident_loader import ResidentLoader
+from engine.data.resident_loader import AHEAD, ResidentLoader
 from engine.data.skipped import SkippedImages
-from engine.data.torch_loader import TorchLoader
+from engine.data.torch_loader import CHUNK, TorchLoader
 from engine.distributed import Ranks
 from kernels import augment_torch, augment_views
 from kernels.augment import new_views, scale_and_shift
@@ -43,6 +43,7 @@ VIEWS = 4  # of an image: two a peer
 SIDES = {32: False, 96: True}  # of images and views: whether the policy blurs
 CALL, GRAPH, LOADER = "call", "graph", "loader"
 COPY = "copy"
+CAPTURABLE = ("triton", "triton, 3 bytes", COPY)
 SECONDS, QUICK_SECONDS = 6.0, 2.0  # of a case, all providers together
 ROUNDS, ROUND_SECONDS = 5, 2.0  # of the loaders
 
@@ -162,8 +163,7 @@ def measure_calls(side: int, batch: int, env: Environment, seconds: float) -> li
     for mode in (CALL, GRAPH) if gpu else (CALL,):
         calls: dict[str, Call] = {}
         for name, call in made.items():
-            own = ("triton", "triton, 3 bytes", COPY)
-            if mode == GRAPH and name not in own:
+            if mode == GRAPH and name not in CAPTURABLE:
                 continue
             ready = guarded(partial(harness.captured, call)) if mode == GRAPH else call
             if isinstance(ready, Failure):
@@ -225,7 +225,7 @@ def measure_loaders(side: int, batch: int, env: Environment, rounds: int) -> lis
 
 def _rate(stream: Iterator[Batch], batch: int, device: torch.device) -> float:
     # What workers made while another loader had its turn is no part of the rate.
-    for _ in range(4):
+    for _ in range(max(AHEAD + 1, -(-PREFETCH * cores() * CHUNK // batch))):
         next(stream)
     _wait(device)
     began, count = time.perf_counter(), 0
@@ -243,11 +243,11 @@ def _wait(device: torch.device) -> None:
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("px", "batch", "mode", "provider", "p50", "p20 - p80", "of copy", "vs best other")
+COLUMNS = ("px", "batch", "mode", "provider", "p50", "p20 - p80", "of copy", "faster")
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """Each measurement as COLUMNS have it; `vs` is how much slower the others are than triton, or the first."""
+    """Each measurement as COLUMNS have it; `faster`: how many times as fast the first of its case is."""
     lines = []
     for row in rows:
         case = row.case

@@ -5,8 +5,8 @@ channels_last, losses from whole similarity matrices, torch.optim.Adam, each pee
 this project it takes the configuration and the networks (engine.config, engine.peers) and nothing else, so that only
 the training differs.  What is drawn is what the engine draws, from torchvision's own random numbers.
 
-PIL images go through the transforms faster than tensors do: 630 against 470 images of 32 px a second and core, four
-views each.  Views are normalised where the tutorials do it, in the workers; without it they make 800.
+The transforms take PIL images, which go through them faster than tensors do, and normalise in the workers, where the
+tutorials do it.
 
 Legend
   N  images of a batch      S  side of a view in pixels      D  embedding width

@@ -47,7 +47,10 @@ class Step:
 
     def forward(self, views: list[Tensor]) -> Losses:
         """The losses of the batch; `views`: [n, 3, S, S] each, two a peer, or two for all."""
-        return self._losses(self._each(lambda p: self._embed(p, views)))
+        embeddings = self._each(lambda p: self._embed(p, views))
+        losses = peer_losses(self.cfg, embeddings, self.group)
+        finite = torch.stack([loss.loss.detach().isfinite() for loss in losses]).all()
+        return Losses(embeddings, losses, finite)
 
     def backward(self, losses: Losses) -> None:
         """The gradients of each peer."""
@@ -65,11 +68,6 @@ class Step:
     def _embed(self, p: int, views: list[Tensor]) -> Views:
         x, y = views[2 * p : 2 * p + 2] if self._per_peer else views
         return self.engines[p].embed(x, y)
-
-    def _losses(self, embeddings: list[Views]) -> Losses:
-        losses = peer_losses(self.cfg, embeddings, self.group)
-        finite = torch.stack([loss.loss.detach().isfinite() for loss in losses]).all()
-        return Losses(embeddings, losses, finite)
 
     def _set_rates(self, rates: Sequence[float]) -> None:
         for engine, rate in zip(self.engines, rates, strict=True):

@@ -7,8 +7,8 @@ A program makes one view.  Bytes are Pillow's own after every operation (the pla
 one csrc/augment.cpp): whole numbers, or float32 rounded as there, so no product is contracted with a sum
 (enable_fp_fusion).
 
-Contrast needs the mean of the whole view at its place among the colour operations.  A view of at most `WHOLE` pixels is
-held by its program; a larger one is made twice, tile by tile: for the mean, then for the pixels.
+Contrast needs the mean of the whole view at its place among the colour operations.  A view of at most `MOST_WHOLE`
+pixels is held by its program; a larger one is made twice, tile by tile: for the mean, then for the pixels.
 
 A blur is three passes of a box along rows and three along columns, each on the bytes of the one before, which lie in
 global memory: its kernel reads what the first one wrote, and a barrier separates passes.
@@ -296,14 +296,6 @@ def launch(
         raise ValueError(f"size: the GPU's kernels make views of up to {LARGEST} px, found {S}; use backend='torch'")
     if m == 0:
         return
-    with torch.cuda.device_of(out):  # Triton launches on the current one
-        _launch(images, table, statistics, out, blur, passes)
-
-
-def _launch(
-    images: Tensor, table: Tensor, statistics: Tensor, out: Tensor, blur: bool, passes: Tensor | None
-) -> None:  # fmt: skip
-    m, _, S, _ = out.shape
     _, H, W, channels = images.shape
     if channels == 4:
         images = images.view(torch.int32)
@@ -313,15 +305,16 @@ def _launch(
     if blur and passes is None:
         passes = torch.empty((2, m, S, S, 3), dtype=torch.uint8, device=out.device)
     flat = out.permute(0, 2, 3, 1)
-    _views_kernel[(m,)](
-        images, table, statistics, flat, passes if blur else table, H, W,
-        S=S, CHANNELS=channels, GROW=max(H, W) <= S <= LARGEST_GROWN, BLUR=blur, BLOCK=block,
-        num_warps=warps, enable_fp_fusion=False,
-    )  # fmt: skip
-    if blur:
-        assert passes is not None
-        block = min(block, TILE)
-        _blur_kernel[(m,)](
-            table, statistics, flat, passes, passes[0].numel(),
-            S=S, BLOCK=block, num_warps=min(8, max(1, block // (32 * PIXELS_A_THREAD))), enable_fp_fusion=False,
+    small = min(block, TILE)
+    with torch.cuda.device_of(out):  # Triton launches on the current one
+        _views_kernel[(m,)](
+            images, table, statistics, flat, passes if blur else table, H, W,
+            S=S, CHANNELS=channels, GROW=max(H, W) <= S <= LARGEST_GROWN, BLUR=blur, BLOCK=block,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
+        if blur:
+            assert passes is not None
+            _blur_kernel[(m,)](
+                table, statistics, flat, passes, passes[0].numel(),
+                S=S, BLOCK=small, num_warps=min(8, max(1, small // (32 * PIXELS_A_THREAD))), enable_fp_fusion=False,
+            )  # fmt: skip

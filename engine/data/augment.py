@@ -168,26 +168,22 @@ def build_policy(cfg: AugmentConfig, image_size: int) -> AugmentPolicy:
     return replace(preset, **changes)
 
 
-def uniforms(seed: int, epoch: int, index: int, views: int) -> Array:
-    """The uniform numbers [views, K] of one image's views in one epoch."""
-    return _generator(seed, epoch, stream=0, counter=index).random((views, UNIFORMS))
+def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], views: int) -> Array:
+    """The uniform numbers [views, n, K] of the views of n images in one epoch."""
+    numbers = philox_uniforms((seed, epoch), indices, stream=0, count=views * UNIFORMS)
+    return numbers.reshape(len(indices), views, UNIFORMS).transpose(1, 0, 2)
 
 
 def draw_views(
     policy: AugmentPolicy, *, seed: int, epoch: int, indices: NDArray[np.int64], sizes: NDArray[np.integer], views: int
 ) -> ViewParams:
     """Parameters of all views of n images (sizes [n, 2]: width, height), [views * n] rows, those of a view together."""
-    numbers = philox_uniforms((seed, epoch), indices, stream=0, count=views * UNIFORMS)  # as `uniforms` of each
-    numbers = numbers.reshape(len(indices), views, UNIFORMS).transpose(1, 0, 2)  # [views, n, K]
+    numbers = uniforms(seed, epoch, indices, views)
     width, height = np.tile(sizes, (views, 1)).T.astype(float)
     return policy.draw(numbers.reshape(-1, UNIFORMS), width, height)
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The order of the n images in one epoch."""
-    return _generator(seed, epoch, stream=1, counter=0).permutation(n)
-
-
-def _generator(seed: int, epoch: int, *, stream: int, counter: int) -> np.random.Generator:
-    # The lowest word counts the draws; the others keep images and streams apart.
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, counter, stream, 0]))
+    # The counter's lowest word counts the draws; the third, 0 for views, keeps the streams apart.
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0])).permutation(n)

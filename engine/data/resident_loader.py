@@ -38,6 +38,8 @@ from kernels.augment_table import WIDTH, table_of
 AHEAD = 3  # batches whose parameters are drawn before they are needed
 GIB = 2**30
 FREE_SHARE = 0.5  # of the GPU's free memory that images may take unless told otherwise
+PART = 8192  # images that go to the device at once
+ONE_SIZE = "data.loader: resident takes images of one size; use data.loader=dali or torchvision"
 
 
 class _Drawn(NamedTuple):
@@ -52,7 +54,7 @@ class _Drawn(NamedTuple):
 class ResidentLoader:
     """Draws V views of every image in the order of a BatchOrder, from memory.
 
-    Raises DataError: images of several sizes.
+    Raises DataError: images of several sizes, or more than there is memory for.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class ResidentLoader:
         limit_gib: float | None = None,
     ) -> None:
         self.dataset, self.policy, self.order, self.views = dataset, policy, order, views
-        self.ranks, self.skipped, self.dtype = ranks, skipped, dtype
+        self.skipped = skipped
         self.images, self._read = all_images(dataset, max(1, workers))
         self._sides = self.images.shape[1:3]
         self._gpu = None
@@ -134,7 +136,7 @@ class ResidentLoader:
 def all_images(dataset: ImageDataset, threads: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """All images of a data set, uint8 [N, H, W, 3], and the index of the one in each place.
 
-    Raises DataError: images of several sizes.
+    Raises DataError: images of several sizes, or more than there is memory for.
     """
     n = len(dataset)
     if isinstance(dataset, ArrayDataset):
@@ -158,13 +160,10 @@ def all_images(dataset: ImageDataset, threads: int) -> tuple[NDArray[np.uint8], 
         for i, (found, index) in enumerate(pool.map(image, range(n))):
             if found.shape != first.shape:
                 height, width, _ = found.shape
-                raise DataError(f"{dataset.describe(index)} is {width} x {height} px, unlike the first; {_ONE_SIZE}")
+                raise DataError(f"{dataset.describe(index)} is {width} x {height} px, unlike the first; {ONE_SIZE}")
             pixels[i], read[i] = found, index
             advance(1)
     return pixels, read
-
-
-_ONE_SIZE = "data.loader: resident takes images of one size; use data.loader=dali or torchvision"
 
 
 def _check_sizes(dataset: EncodedDataset) -> None:
@@ -174,8 +173,7 @@ def _check_sizes(dataset: EncodedDataset) -> None:
         odd = int(np.flatnonzero((dataset.facts.sizes != sizes[counts.argmax()]).any(axis=1))[0])
         width, height = dataset.facts.sizes[odd]
         raise DataError(
-            f"{dataset.describe(odd)} is {width} x {height} px, one of {len(sizes)} sizes in {dataset.name}; "
-            f"{_ONE_SIZE}"
+            f"{dataset.describe(odd)} is {width} x {height} px, one of {len(sizes)} sizes in {dataset.name}; {ONE_SIZE}"
         )
 
 
@@ -201,8 +199,9 @@ class _OnGpu:
         self._views, self._blur = views, policy.blur > 0
         self._pixels = torch.zeros((N if self.resident else rows, height, width, 4), dtype=torch.uint8, device=device)
         if self.resident:
-            for part, target in zip(_parts(images), self._pixels.split(PART), strict=True):
-                target[..., :3].copy_(torch.from_numpy(part))
+            for i in range(0, N, PART):
+                # A copy on the host first: torch does not take read-only memory.
+                self._pixels[i : i + PART, ..., :3].copy_(torch.from_numpy(np.array(images[i : i + PART])))
         self._statistics = scale_and_shift(*policy.statistics).to(device)
         m, S = views * rows, policy.size
         self._new = lambda: new_views(m, S, dtype, device)
@@ -241,14 +240,6 @@ class _OnGpu:
             np.copyto(slot.images.numpy(), drawn.images)
             self._pixels[..., :3].copy_(slot.images, non_blocking=True)
         slot.sent.record()
-
-
-PART = 8192  # images that go to the device at once
-
-
-def _parts(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    for i in range(0, len(images), PART):
-        yield np.array(images[i : i + PART])  # a copy: torch does not take read-only memory
 
 
 class _Slot:

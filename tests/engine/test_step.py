@@ -83,22 +83,12 @@ def test_a_captured_run_is_the_run_without(settings, gpu, loader, optimizer):
 
 
 @pytest.mark.gpu
-def test_a_captured_run_in_bf16_and_shared_views(settings, gpu):
+@pytest.mark.parametrize(("precision", "views", "peers"), [("bf16", "shared", 2), ("fp32", "per_peer", 1)])
+def test_other_runs_are_captured_too(settings, gpu, precision, views, peers):
     settings["run"]["steps"] = 12
-    settings["data"].update(loader="resident", batch_size=16, views="shared")
-    settings["engine"] = {"precision": "bf16", "capture": False}
-    without = trained(settings, gpu, "without")
-    captured = trained(settings, gpu, "captured", engine={"capture": True})
-    assert is_captured(captured)
-    assert_same(without, captured)
-
-
-@pytest.mark.gpu
-def test_one_peer_is_captured_too(settings, gpu):
-    settings["run"]["steps"] = 8
-    settings["data"].update(loader="resident", batch_size=16)
-    settings["peers"] = settings["peers"][:1]
-    settings["engine"] = {"precision": "fp32", "capture": False}
+    settings["data"].update(loader="resident", batch_size=16, views=views)
+    settings["peers"] = settings["peers"][:peers]
+    settings["engine"] = {"precision": precision, "capture": False}
     without = trained(settings, gpu, "without")
     captured = trained(settings, gpu, "captured", engine={"capture": True})
     assert is_captured(captured)

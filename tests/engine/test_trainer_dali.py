@@ -1,15 +1,12 @@
 """Whole small runs with the DALI loader: the training of torchvision's, resumed to the bit, on several ranks."""
 
-import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from safetensors.torch import load_file
 
 from engine import distributed
 from engine.checkpoint import CheckpointError
@@ -18,27 +15,11 @@ from engine.data import dali_graph, dali_loader
 from engine.data.dataset import DataError
 from engine.trainer import Trainer
 from kernels import native
+from runs import fit, losses, rows, straight_and_resumed
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 needs_core = pytest.mark.skipif(native.core is None, reason="the native core is not built")
-
-
-def fit(plain: dict[str, Any]) -> dict[str, Any]:
-    ranks = distributed.start()
-    try:
-        return Trainer(parse_config(plain), ranks).fit()
-    finally:
-        distributed.stop()
-
-
-def rows(plain: dict[str, Any]) -> list[dict[str, Any]]:
-    found = map(json.loads, Path(plain["run"]["output_dir"], "metrics.jsonl").read_text().splitlines())
-    return [row for row in found if "loss/a" in row]
-
-
-def losses(plain: dict[str, Any]) -> list[list[float]]:
-    return [[row["loss/a"], row["loss/b"]] for row in rows(plain)]
 
 
 @pytest.fixture
@@ -62,19 +43,8 @@ def test_it_trains_as_with_the_torchvision_loader(dali, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_cut_in_an_epoch_resumes_to_the_bit(dali, tmp_path):
-    dali["run"].update(steps=8, save_every_steps=2, keep_checkpoints=4)
-    # 48 images, 20 a batch: epochs of 3 steps, so that step 4 stands inside one.
-    dali["data"].update(batch_size=20, last_batch="fill")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    outcomes = []
-    for _ in range(2):
-        run_ranks(fit, 1, dali)
-        outcomes.append(
-            (losses(dali), [load_file(checkpoints / "step_00000008" / f"peer_{p}.safetensors") for p in "ab"])
-        )
-        for step in (6, 8):
-            shutil.rmtree(checkpoints / f"step_{step:08d}")
+def test_a_run_cut_in_an_epoch_resumes_to_the_bit(dali):
+    outcomes = straight_and_resumed(dali)
     assert outcomes[0][0] == outcomes[1][0]
     for straight, resumed in zip(outcomes[0][1], outcomes[1][1], strict=True):
         assert all(torch.equal(straight[key], resumed[key]) for key in straight)

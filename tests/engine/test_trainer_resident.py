@@ -1,28 +1,17 @@
 """Whole small runs with the resident loader: the training of torchvision's, and resumed to the bit."""
 
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from safetensors.torch import load_file
 
 from engine import distributed
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, parse_config
 from engine.trainer import Trainer
-
-
-def fit(plain: dict[str, Any]) -> dict[str, Any]:
-    ranks = distributed.start()
-    try:
-        return Trainer(parse_config(plain), ranks).fit()
-    finally:
-        distributed.stop()
+from runs import fit, losses, straight_and_resumed
 
 
 def refused(plain: dict[str, Any]) -> str:
@@ -34,11 +23,6 @@ def refused(plain: dict[str, Any]) -> str:
     finally:
         distributed.stop()
     return "nothing"
-
-
-def losses(plain: dict[str, Any]) -> list[list[float]]:
-    lines = Path(plain["run"]["output_dir"], "metrics.jsonl").read_text().splitlines()
-    return [[row["loss/a"], row["loss/b"]] for row in map(json.loads, lines) if "loss/a" in row]
 
 
 @pytest.fixture
@@ -62,18 +46,8 @@ def test_it_trains_as_with_the_torchvision_loader(resident, tmp_path, world):
 
 
 @pytest.mark.slow
-def test_a_run_cut_in_an_epoch_resumes_to_the_bit(resident, tmp_path):
-    resident["run"].update(steps=8, save_every_steps=2, keep_checkpoints=4)
-    # 48 images, 20 a batch: epochs of 3 steps, so that step 4 stands inside one.
-    resident["data"].update(batch_size=20, last_batch="fill")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    outcomes = []
-    for _ in range(2):
-        run_ranks(fit, 1, resident)
-        weights = [load_file(checkpoints / "step_00000008" / f"peer_{p}.safetensors") for p in "ab"]
-        outcomes.append((losses(resident), weights))
-        for step in (6, 8):
-            shutil.rmtree(checkpoints / f"step_{step:08d}")
+def test_a_run_cut_in_an_epoch_resumes_to_the_bit(resident):
+    outcomes = straight_and_resumed(resident)
     assert outcomes[0][0] == outcomes[1][0]
     for straight, resumed in zip(outcomes[0][1], outcomes[1][1], strict=True):
         assert all(torch.equal(straight[key], resumed[key]) for key in straight)

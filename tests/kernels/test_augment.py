@@ -134,7 +134,9 @@ def test_real_photos():
     policy, views = build_policy(AugmentConfig(), 224), 2
     source = np.repeat(np.arange(len(pictures)), views)
     width, height = np.array([picture.size for picture in pictures], dtype=float)[source].T
-    params = policy.draw(np.concatenate([uniforms(3, 0, i, views) for i in range(len(pictures))]), width, height)
+    params = policy.draw(
+        np.concatenate([uniforms(3, 0, np.array([i]), views)[:, 0] for i in range(len(pictures))]), width, height
+    )
     mean, std = policy.statistics
     images = [np.asarray(picture) for picture in pictures]
     found = augment_views(images, source=source, **params._asdict(), size=224, mean=mean, std=std)

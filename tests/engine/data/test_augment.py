@@ -153,11 +153,16 @@ def test_views_are_distributed_as_torchvisions_transforms():
 
 
 def test_numbers_depend_on_seed_epoch_and_image_alone():
-    base = uniforms(3, 1, 42, 4)
+    base = uniforms(3, 1, np.array([42]), 4)[:, 0]
     assert base.shape == (4, UNIFORMS)
-    np.testing.assert_array_equal(base, uniforms(3, 1, 42, 4))
-    np.testing.assert_array_equal(base[:2], uniforms(3, 1, 42, 2))
-    others = [uniforms(4, 1, 42, 4), uniforms(3, 2, 42, 4), uniforms(3, 1, 43, 4), base[::-1]]
+    np.testing.assert_array_equal(base, uniforms(3, 1, np.array([42]), 4)[:, 0])
+    np.testing.assert_array_equal(base[:2], uniforms(3, 1, np.array([42]), 2)[:, 0])
+    others = [
+        uniforms(4, 1, np.array([42]), 4)[:, 0],
+        uniforms(3, 2, np.array([42]), 4)[:, 0],
+        uniforms(3, 1, np.array([43]), 4)[:, 0],
+        base[::-1],
+    ]
     assert all((base != other).all() for other in others)
 
 
