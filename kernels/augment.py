@@ -51,7 +51,6 @@ def augment_views(
 
     images      n of uint8 [height, width, 3], contiguous, in CPU memory, each of its own size; or images of one size on
                 any device as one tensor, uint8 [n, H, W, 3] or [n, H, W, 4], of which the last channel is not read
-                (on a GPU pixels of four bytes are read in one load)
     source      [m] which image a view comes from; this and all other parameters are in CPU memory
     box         [m, 4] crop: left, top, width, height in source pixels
     flip        [m] left to right

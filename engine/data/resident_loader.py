@@ -3,9 +3,8 @@
 Legend
   N  images of the data set      n  images of this rank's batch      V  views of an image      S  side in pixels
 
-For images of one size.  On a GPU they lie in its memory, four bytes a pixel so that one load reads one; where they
-would take more of it than they may, they stay in the host's, and each batch's go through pinned memory.  On a CPU they
-stay where the data set has them.
+For images of one size.  On a GPU they lie in its memory; where they would take more of it than they may, they stay in
+the host's, and each batch's go through pinned memory.  On a CPU they stay where the data set has them.
 
 Images, order and the parameters of views are those of the other loaders, and so are the views, byte for byte before
 they are normalised: a batch is a function of seed and step, and resuming is starting at another step.  A thread draws
@@ -194,14 +193,15 @@ class _OnGpu:
         N, height, width, _ = images.shape
         free, _ = torch.cuda.mem_get_info(device)
         limit = FREE_SHARE * free if limit_gib is None else limit_gib * GIB
-        self.resident = N * height * width * 4 <= limit
+        self.resident = images.nbytes <= limit
         self.launched_outside = False
         self._views, self._blur = views, policy.blur > 0
-        self._pixels = torch.zeros((N if self.resident else rows, height, width, 4), dtype=torch.uint8, device=device)
+        # Three bytes a pixel: with four, one load each, a launch takes as long (bench/results/h200/augment.jsonl).
+        self._pixels = torch.empty((N if self.resident else rows, height, width, 3), dtype=torch.uint8, device=device)
         if self.resident:
             for i in range(0, N, PART):
                 # A copy on the host first: torch does not take read-only memory.
-                self._pixels[i : i + PART, ..., :3].copy_(torch.from_numpy(np.array(images[i : i + PART])))
+                self._pixels[i : i + PART].copy_(torch.from_numpy(np.array(images[i : i + PART])))
         self._statistics = scale_and_shift(*policy.statistics).to(device)
         m, S = views * rows, policy.size
         self._new = lambda: new_views(m, S, dtype, device)
@@ -238,7 +238,7 @@ class _OnGpu:
         if slot.images is not None:
             assert drawn.images is not None
             np.copyto(slot.images.numpy(), drawn.images)
-            self._pixels[..., :3].copy_(slot.images, non_blocking=True)
+            self._pixels.copy_(slot.images, non_blocking=True)
         slot.sent.record()
 
 
