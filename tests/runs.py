@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import distributed
 from engine.config import parse_config
 from engine.trainer import Trainer
+from ranks import run_ranks
 
 
 def fit(plain: dict[str, Any]) -> dict[str, Any]:

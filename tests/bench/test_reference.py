@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from bench import reference
 from bench.reference import Reference
@@ -16,6 +15,7 @@ from engine.config import Config, parse_config
 from engine.engines import build_engines
 from engine.step import Step
 from kernels import reference as oracle
+from ranks import run_ranks
 
 SIZE, BATCH, STEPS = 24, 16, 20
 DIFFERENT = 5  # batches, which come again and again

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from bench import step, step_providers
 from bench.rows import ROW_KEYS, Stats, environment, make_row
 from bench.step_providers import CAPTURED, ENGINE, REFERENCE, TORCHVISION, Case, Training
 from engine.distributed import Ranks
+from ranks import run_ranks
 
 CPU = torch.device("cpu")
 PAIR = "wrn-10-1+wrn-10-1"

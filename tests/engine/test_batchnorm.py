@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from ranks import run_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from engine import distributed
 from engine.batchnorm import GlobalBatchNorm, average_buffers, convert_sync_bn
+from ranks import run_ranks
 
 
 def network(dtype: torch.dtype) -> nn.Module:

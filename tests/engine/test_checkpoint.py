@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,6 +16,7 @@ from engine import checkpoint, distributed, engines
 from engine.checkpoint import CheckpointError, changed_keys, newest, prune, verified
 from engine.config import parse_config
 from engine.trainer import Trainer
+from ranks import run_ranks
 
 
 def run(plain: dict[str, Any], ranks, **changes) -> Path:

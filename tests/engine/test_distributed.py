@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from engine import distributed
 from engine.distributed import seed_everything
+from ranks import run_ranks
 
 
 def attempts() -> list[str]:

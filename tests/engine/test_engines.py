@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from engine import distributed
 from engine.batchnorm import convert_sync_bn
@@ -15,6 +14,7 @@ from engine.objectives import peer_losses
 from engine.optimizers import set_learning_rate
 from engine.peers import build_peer
 from kernels.collectives import mean_over_ranks
+from ranks import run_ranks
 
 SIZE = 24
 

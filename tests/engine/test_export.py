@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.export import export_backbone, main
 from engine.peers import load_backbone
 from engine.trainer import Trainer
+from ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 

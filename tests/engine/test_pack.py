@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shard_writers import picture
 
 from engine import pack as module
 from engine.data.dataset import DataError
 from engine.data.folder import open_folder
 from engine.data.webdataset import open_webdataset
 from engine.pack import Limit, main, pack
+from shard_writers import picture
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "data" / "imagewoof320-mini.tar"

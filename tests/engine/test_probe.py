@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import run_ranks
 
 from engine import distributed, probe
 from engine.config import AugmentConfig, DataConfig, KnnConfig
@@ -14,6 +13,7 @@ from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset
 from engine.data.skipped import SkippedImages
 from engine.probe import KnnProbe, knn_accuracy
+from ranks import run_ranks
 
 
 def by_loops(bank, bank_labels, queries, query_labels, k, tau) -> float:

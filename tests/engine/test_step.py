@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.distributed import Ranks
 from engine.step import WARM_UP, CapturedStep, Finite, captures, describe_capture
 from engine.trainer import NonFiniteLoss, Trainer
+from ranks import run_ranks
 
 # -- captured
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
 from safetensors.torch import load_file
 
 import engine.trainer as trainer_module
 from engine import checkpoint, distributed, train
 from engine.config import parse_config
 from engine.trainer import NonFiniteLoss, Trainer
+from ranks import run_ranks
 
 
 def fit(plain: dict[str, Any]) -> dict[str, Any]:

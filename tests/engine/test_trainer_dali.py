@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from engine import distributed
 from engine.checkpoint import CheckpointError
@@ -15,6 +14,7 @@ from engine.data import dali_graph, dali_loader
 from engine.data.dataset import DataError
 from engine.trainer import Trainer
 from kernels import native
+from ranks import run_ranks
 from runs import fit, losses, rows, straight_and_resumed
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

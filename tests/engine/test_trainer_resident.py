@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from engine import distributed
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, parse_config
 from engine.trainer import Trainer
+from ranks import run_ranks
 from runs import fit, losses, straight_and_resumed
 
 

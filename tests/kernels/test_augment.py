@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import exact, mixed, noise, pillows, plain, smooth
 from PIL import Image
 
 from engine.config import AugmentConfig
 from engine.data.augment import UNIFORMS, build_policy, uniforms
 from kernels import augment_views, native
+from pictures import exact, mixed, noise, pillows, plain, smooth
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "data" / "imagewoof320-mini.tar"

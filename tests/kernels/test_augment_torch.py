@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import exact, mixed, noise, pillows, plain, smooth
 
 from engine.data.augment import ORDERS
 from kernels import augment_torch, augment_views, native
 from kernels.augment_table import BOX_BITS, WIDTH, Column, table_of
+from pictures import exact, mixed, noise, pillows, plain, smooth
 
 built = pytest.mark.skipif(native.core is None, reason=native.missing)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import exact, mixed, noise, pillows, plain, smooth
 from PIL import Image
 
 from engine.config import AugmentConfig
@@ -15,6 +14,7 @@ from engine.data.augment import ORDERS, ViewParams, build_policy, draw_views
 from kernels import augment_torch, augment_triton, augment_views
 from kernels.augment import new_views, scale_and_shift
 from kernels.augment_table import table_of
+from pictures import exact, mixed, noise, pillows, plain, smooth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagewoof320-mini.tar"

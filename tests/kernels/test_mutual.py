@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 import kernels
 from kernels import MutualLoss, mutual_loss, native, ntxent_loss, similarity_kl
+from ranks import run_ranks
 
 
 @pytest.fixture(autouse=True, params=["native", "torch"])

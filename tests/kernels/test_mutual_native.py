@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from embeddings import embeddings, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+from embeddings import embeddings, relative
 from kernels import mutual_loss, mutual_native, native, ntxent_loss, reference, similarity_kl
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from embeddings import DEVICE, embeddings, on_device, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from embeddings import DEVICE, embeddings, on_device, relative
 from kernels import (
     gather_views,
     mutual_loss,

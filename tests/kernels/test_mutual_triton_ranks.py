@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from embeddings import embeddings
-from ranks import run_ranks
 
+from embeddings import embeddings
 from kernels import gather_views, mutual_loss, mutual_triton, ntxent_loss, similarity_kl
+from ranks import run_ranks
 
 
 def losses_of_one_rank(world: int, N: int, gathers: bool) -> tuple[list[float], list]:

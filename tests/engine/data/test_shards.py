@@ -8,12 +8,12 @@ import threading
 
 import numpy as np
 import pytest
-from shard_writers import picture, records, samples, write_tar, write_tfrecord
 
 from engine.data.dataset import DataError, UnreadableImage
 from engine.data.shard_files import IndexEntry, ShardIndex, write_index
 from engine.data.tfrecord import open_tfrecord
 from engine.data.webdataset import open_webdataset
+from shard_writers import picture, records, samples, write_tar, write_tfrecord
 
 
 def make(root, *names, count=2, **options):

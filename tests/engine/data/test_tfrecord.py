@@ -8,11 +8,11 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_writers import example, example_class, picture, records, write_tfrecord
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
 from engine.data.dataset import DataError
 from engine.data.tfrecord import locate_tfrecord, open_tfrecord
+from shard_writers import example, example_class, picture, records, write_tfrecord
 
 
 def located(path):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import run_ranks
 
 from engine import distributed
 from engine.config import AugmentConfig
@@ -20,6 +19,7 @@ from engine.data.order import BatchOrder
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import TorchLoader, pil_image, plain_images
 from engine.distributed import Ranks
+from ranks import run_ranks
 
 SIZE = 12
 

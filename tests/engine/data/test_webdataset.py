@@ -8,10 +8,10 @@ import tarfile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_writers import picture, samples, write_tar
 
 from engine.data.dataset import DataError
 from engine.data.webdataset import locate_webdataset, open_webdataset
+from shard_writers import picture, samples, write_tar
 
 
 def located(path):
