@@ -18,7 +18,7 @@ import os
 import pickle
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ FORMAT = 2
 # A resumed run may change these: they do not change what the steps to come compute.
 FREE_KEYS = ("run.output_dir", "run.resume", "run.save_every_steps", "run.keep_checkpoints", "run.log_every_steps",
              "run.epochs", "run.steps", "data.root", "data.manifest", "data.shards",
-             "data.workers", "data.resident_gib", "engine.capture", "eval")  # fmt: skip
+             "data.workers", "data.resident_gib", "engine.capture", "engine.concurrency", "engine.split",
+             "eval")  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -58,6 +59,8 @@ class Progress:
     """Wall time of the run."""
     train_seconds: float
     """Thereof training, without evaluation and checkpoints."""
+    split: tuple[int, int] | None = None
+    """Ranks of each peer where the peers were split between them."""
 
 
 def save(root: Path, progress: Progress, engines: list[PeerEngine], cfg: Config, ranks: Ranks) -> Path:
@@ -71,9 +74,9 @@ def save(root: Path, progress: Progress, engines: list[PeerEngine], cfg: Config,
 
     first_rank_does(ranks, start)
     for engine in engines:
-        average_buffers(engine.module, ranks.group)
+        average_buffers(engine.module, engine.ranks.group)
         weights = engine.weights()
-        if ranks.is_first:
+        if engine.ranks.is_first:
             # safetensors refuses tensors that share memory; `weights` cloned each, only the strides need settling
             save_file({key: value.contiguous() for key, value in weights.items()}, weights_file(partial, engine.name))
         _save_plain(engine.optimizer_state(), _optimizer_file(partial, engine, ranks))
@@ -101,8 +104,12 @@ def _commit(partial: Path, final: Path, progress: Progress, cfg: Config, ranks: 
     shutil.rmtree(stale, ignore_errors=True)
 
 
-def check_fits(folder: Path, progress: Progress, *, steps: int, data: str, loader: str) -> None:
-    """Raises CheckpointError: the run would end before this checkpoint, or data set or loader are not its own."""
+def check_fits(
+    folder: Path, progress: Progress, *, steps: int, data: str, loader: str, split: tuple[int, int] | None
+) -> None:
+    """Raises CheckpointError: the run would end before this checkpoint, or data set, loader or the ranks that its peers
+    are split between are not its own.
+    """
     if progress.step > steps:
         raise CheckpointError(
             f"{folder}: has {progress.step} steps behind it, and this run ends at {steps}; "
@@ -113,11 +120,20 @@ def check_fits(folder: Path, progress: Progress, *, steps: int, data: str, loade
             f"{folder}: made of another data set ({progress.data}; there is {data} now); "
             "restore the data, or give another run.output_dir for a new run"
         )
+    if progress.split != split:
+        raise CheckpointError(
+            f"{folder}: made by ranks of which {_described(progress.split)}; in this run {_described(split)} "
+            "(engine.concurrency, engine.split); use the same, or give another run.output_dir for a new run"
+        )
     if progress.loader != loader:
         raise CheckpointError(
             f"{folder}: its views are of another loader ({progress.loader}; there is {loader} now); "
             "go on where it was begun and with the same version, or give another run.output_dir for a new run"
         )
+
+
+def _described(split: tuple[int, int] | None) -> str:
+    return "every one trains both peers" if split is None else f"{split[0]} and {split[1]} train one peer each"
 
 
 def load(folder: Path, engines: list[PeerEngine], ranks: Ranks) -> None:
@@ -161,6 +177,9 @@ def verified(folder: Path, cfg: Config, world: int | None) -> Progress:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         progress, files, saved = Progress(**meta["progress"]), meta["files"], meta["config"]
+        if progress.split is not None:
+            a, b = progress.split
+            progress = replace(progress, split=(a, b))  # JSON has lists
         assert meta["format"] == FORMAT
     except OSError:
         raise CheckpointError(f"{folder}: no checkpoint there (meta.json cannot be read)") from None

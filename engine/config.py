@@ -209,6 +209,13 @@ class EngineConfig(Section):
     capture: bool | Literal["auto"] = "auto"
     """The training step as CUDA graphs: the same run with less work for the host.  On one GPU, at zero_stage 0, with
     adam, adamw, sgd or lars; auto: where that is so and data.loader is resident."""
+    concurrency: Literal["auto", "serial", "streams", "split"] = "auto"
+    """serial: one peer's work behind the other's; streams: each peer on a CUDA stream of its own, which become branches
+    of the graphs where the step is captured; split: two groups of ranks, one peer each, between which embeddings alone
+    travel.  auto: streams where the step is captured, else serial.  The same run each time, but for rounding."""
+    split: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+    """concurrency split: the ranks of each peer, in the order of `peers`.  Left out: in proportion to the time that a
+    step of each takes, measured when the run starts."""
     sync_bn: bool = True
     """BatchNorm statistics over the global batch of all ranks."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -254,6 +261,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         if len(self.peers) == 1 and self.distill is not None:
             raise ValueError("distill: needs two peers to distil between, found one; leave the section out")
+        self._check_concurrency()
         if self.engine.capture is True and (reason := self.not_capturable()):
             raise ValueError(f"engine.capture: {reason}; use engine.capture=false")
         names = [peer.name for peer in self.peers]
@@ -268,6 +276,19 @@ class Config(Section):
                     "use engine.zero_stage=0, or adam, adamw or sgd"
                 )
         return self
+
+    def _check_concurrency(self) -> None:
+        engine = self.engine
+        if engine.concurrency in ("streams", "split") and len(self.peers) == 1:
+            raise ValueError(f"engine.concurrency: {engine.concurrency} takes two peers, found one; use serial")
+        if engine.split is not None and engine.concurrency != "split":
+            raise ValueError(
+                f"engine.split: {list(engine.split)} with engine.concurrency={engine.concurrency}, which splits "
+                "nothing; unset it"
+            )
+        if engine.concurrency == "streams" and engine.zero_stage == 3:
+            # Parameters that it gathers ahead belong to one stream (deepspeedai/DeepSpeed #7898).
+            raise ValueError("engine.concurrency: streams takes engine.zero_stage 0 to 2, found 3; use serial or split")
 
     def not_capturable(self) -> str:
         """Why no CUDA graph can hold a step of this configuration; empty where one can."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.config import ConfigError
+from engine.config import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ def rows_per_rank(batch_size: int, ranks: Ranks) -> int:
     if batch_size % ranks.world:
         raise ConfigError(f"data.batch_size: {batch_size} does not divide by {ranks.world} ranks")
     return batch_size // ranks.world
+
+
+def precision_of(cfg: Config, device: torch.device) -> str:
+    """bf16 or fp32: the setting, with auto resolved for this device."""
+    if cfg.engine.precision != "auto":
+        return cfg.engine.precision
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def seed_everything(seed: int) -> None:

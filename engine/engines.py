@@ -16,20 +16,16 @@ from torch import Tensor, nn
 
 from engine.batchnorm import convert_sync_bn
 from engine.config import Config, ConfigError
-from engine.distributed import Ranks, rows_per_rank
+from engine.distributed import Ranks, precision_of, rows_per_rank
 from engine.optimizers import build_optimizer, check_optimizer
 from engine.peers import build_peer
-
-
-def precision_of(cfg: Config, device: torch.device) -> str:
-    """bf16 or fp32: the setting, with auto resolved for this device."""
-    if cfg.engine.precision != "auto":
-        return cfg.engine.precision
-    return "bf16" if device.type == "cuda" else "fp32"
+from engine.placement import Placement
 
 
 def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     """The DeepSpeed configuration of every peer: what this project needs, with `engine.deepspeed` merged in.
+
+    `ranks`: those that train a peer.
 
     Raises ConfigError where the user's section contradicts the rest of the configuration, or the batch does not divide.
     """
@@ -45,6 +41,10 @@ def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
         "bf16": {"enabled": False},
         "torch_autocast": {"enabled": precision_of(cfg, ranks.device) == "bf16", "dtype": "bfloat16"},
     }
+    if cfg.engine.concurrency == "streams" and cfg.engine.zero_stage >= 1:
+        # Reductions on a stream of DeepSpeed's own, beside streams that it does not know of: gradients have been read
+        # too early (deepspeedai/DeepSpeed #8061).
+        generated["zero_optimization"]["overlap_comm"] = False
     defaults: dict[str, Any] = {
         # DeepSpeed clips at 1.0 unless told otherwise (0.19.8, runtime/constants.py); the method does not clip.
         "gradient_clipping": 0.0,
@@ -97,6 +97,7 @@ _SET_BY = {
     "gradient_allreduce_op": "the losses are scaled for the mean over ranks",
     "gradient_accumulation_steps": "micro-batches would lose their negatives",
     "stage": "engine.zero_stage",
+    "overlap_comm": "engine.concurrency=streams",
     "enabled": "engine.precision",
     "dtype": "engine.precision",
 }
@@ -113,10 +114,11 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 class PeerEngine:
     """A peer under its DeepSpeed engine."""
 
-    def __init__(self, name: str, engine: Any, ranks: Ranks) -> None:
+    def __init__(self, index: int, name: str, engine: Any, ranks: Ranks) -> None:
+        self.index = index  # the peer's place in the configuration
         self.name = name
         self.engine = engine
-        self.ranks = ranks
+        self.ranks = ranks  # those that train this peer
         self.zero_stage: int = engine.zero_optimization_stage()
 
     @property
@@ -227,20 +229,26 @@ def _keyed(i: int) -> Iterator[None]:
         raise ConfigError(f"peers.{i}.{error}") from None
 
 
-def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine]:
-    """The engines of all peers; every rank must have the same seed, so that all start from the same weights."""
+def build_engines(cfg: Config, placement: Placement, image_size: int) -> list[PeerEngine]:
+    """The engines of this rank's peers; every rank must have the same seed, so that all start from the same weights."""
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+    ranks = placement.own
     settings = deepspeed_config(cfg, ranks)
+    # DeepSpeed keeps the last one that it was given.
+    deepspeed.utils.groups.mpu = split = None if placement.sizes is None else placement
     for i, peer_cfg in enumerate(cfg.peers):
         with _keyed(i):
             check_optimizer(peer_cfg.optimizer, ranks.device)
     engines = []
     for i, peer_cfg in enumerate(cfg.peers):
         with _keyed(i):
+            # Also one that others train: it draws its weights before the next.
             peer: nn.Module = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
+        if i not in placement.peers:
+            continue
         if cfg.engine.sync_bn:
             peer = convert_sync_bn(peer, ranks)  # before initialize: afterwards DeepSpeed holds the old modules
         with _keyed(i):
@@ -249,7 +257,7 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
             optimizer = build_optimizer(peer, peer_cfg.optimizer, batch_size=cfg.data.batch_size, fused=fused)
         try:
             engine, *_ = deepspeed.initialize(
-                model=peer, optimizer=optimizer, config=settings, dist_init_required=False
+                model=peer, optimizer=optimizer, config=settings, dist_init_required=False, mpu=split
             )
         except (DeepSpeedConfigError, ValidationError, ZeRORuntimeException) as error:
             raise ConfigError(f"engine.deepspeed: {' '.join(str(error).split())}") from None
@@ -261,5 +269,5 @@ def build_engines(cfg: Config, ranks: Ranks, image_size: int) -> list[PeerEngine
             engine.module.to(memory_format=torch.channels_last)
             # Alone there is nothing to average, and DeepSpeed would copy all gradients into one buffer and back.
             engine.enable_backward_allreduce = ranks.world > 1
-        engines.append(PeerEngine(peer_cfg.name, engine, ranks))
+        engines.append(PeerEngine(i, peer_cfg.name, engine, ranks))
     return engines

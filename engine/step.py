@@ -1,8 +1,8 @@
 """One training step in three parts: views -> losses, gradients, optimizers; launched one by one, or as CUDA graphs.
 
 A captured step replays what the same functions launched when it was captured, so it computes what an uncaptured one
-does; what it saves is the host's time for some thousand launches.  Each peer's networks stand on a branch of their own
-in the graphs: where one peer's kernels leave the device half empty, the other's run beside them.
+does; what it saves is the host's time for some thousand launches.  Streams of their own, which become branches of the
+graphs, let one peer's kernels run where the other's leave the device half empty.
 
 Three graphs instead of one, so that the host can look at the losses while the gradients are computed, and launch no
 optimizer on one that is not finite.  DeepSpeed's part of a step at ZeRO 0 on one GPU is plain Python around the same
@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.config import Config, ConfigError
 from engine.distributed import Ranks
 from engine.engines import PeerEngine
-from engine.objectives import PeerLoss, Views, peer_losses
+from engine.objectives import PeerLoss, Views, peer_losses, start_gather
 from engine.optimizers import set_learning_rate
+from engine.placement import Exchange, Placement
+from kernels import GatheredViews
 
 WARM_UP = 3  # steps before the capture: libraries load, and optimizers make their state
 
@@ -39,64 +40,93 @@ class Losses(NamedTuple):
 
 
 class Step:
-    """The parts of a step, launched one by one."""
+    """The parts of a step, launched one by one, one peer's behind the other's."""
 
-    def __init__(self, cfg: Config, engines: Sequence[PeerEngine], group: dist.ProcessGroup | None) -> None:
-        self.cfg, self.engines, self.group = cfg, engines, group
-        self._per_peer = cfg.data.views == "per_peer"
+    def __init__(self, cfg: Config, engines: Sequence[PeerEngine], placement: Placement) -> None:
+        self.cfg, self.engines, self.group = cfg, engines, placement.own.group
+        self._exchange = None if placement.sizes is None else Exchange(placement, cfg)
+        # A rank that trains one peer has views for that one alone.
+        self._own_views = cfg.data.views == "per_peer" and self._exchange is None
 
     def forward(self, views: list[Tensor]) -> Losses:
-        """The losses of the batch; `views`: [n, 3, S, S] each, two a peer, or two for all."""
-        embeddings = self._each(lambda p: self._embed(p, views))
-        losses = peer_losses(self.cfg, embeddings, self.group)
+        """The losses of the batch; `views`: [n, 3, S, S] each, two a peer that this rank trains, or two for all."""
+        made = self.each(lambda engine: self._embed(engine, views))
+        if self._exchange is not None:
+            ((own, _),) = made
+            made.insert(1 - self.engines[0].index, (self._exchange(*own), None))
+        embeddings, gathered = [views for views, _ in made], [under_way for _, under_way in made]
+        losses = peer_losses(self.cfg, embeddings, self.group, gathered)
         finite = torch.stack([loss.loss.detach().isfinite() for loss in losses]).all()
         return Losses(embeddings, losses, finite)
 
     def backward(self, losses: Losses) -> None:
-        """The gradients of each peer."""
-        self._each(lambda p: self.engines[p].backward(losses.losses[p].loss))
+        """The gradients of each peer that this rank trains."""
+        self.each(lambda engine: engine.backward(losses.losses[engine.index].loss))
 
     def optimize(self, rates: Sequence[float]) -> None:
-        """One optimizer step of each peer, at its learning rate."""
-        self._set_rates(rates)
-        self._each(lambda p: self.engines[p].step())
+        """One optimizer step of each of them; `rates`: the learning rates of all peers."""
+        self.set_rates(rates)
+        self.update()
 
-    def _each(self, work: Callable[[int], T]) -> list[T]:
-        """Does something for each peer."""
-        return [work(p) for p in range(len(self.engines))]
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Sets the learning rates, those of all peers given."""
+        for engine in self.engines:
+            set_learning_rate(engine.optimizer, rates[engine.index])
 
-    def _embed(self, p: int, views: list[Tensor]) -> Views:
-        x, y = views[2 * p : 2 * p + 2] if self._per_peer else views
-        return self.engines[p].embed(x, y)
+    def update(self) -> None:
+        """One optimizer step at the rates that are set."""
+        self.each(lambda engine: engine.step())
 
-    def _set_rates(self, rates: Sequence[float]) -> None:
-        for engine, rate in zip(self.engines, rates, strict=True):
-            set_learning_rate(engine.optimizer, rate)
+    def each(self, work: Callable[[PeerEngine], T]) -> list[T]:
+        """Does something for each peer that this rank trains."""
+        return [work(engine) for engine in self.engines]
+
+    def _embed(self, engine: PeerEngine, views: list[Tensor]) -> tuple[Views, GatheredViews | None]:
+        """Embeddings, on their way to the other ranks while the next peer's are made."""
+        first = 2 * engine.index if self._own_views else 0
+        embedded = engine.embed(*views[first : first + 2])
+        return embedded, start_gather(self.cfg, embedded, self.group)
 
 
-class CapturedStep(Step):
-    """The same, as CUDA graphs from step WARM_UP on.
+class StreamedStep(Step):
+    """The same with each peer on a CUDA stream of its own, a branch that leaves the current one and comes back to it.
+
+    Memory is safe without further marks: a branch begins behind all that was launched before on the trunk and on the
+    other branches, and ends before the trunk goes on, so what either frees is used again only behind its last use.
+    Gradients that cross from one stream to another are autograd's, which marks them.
+    """
+
+    def __init__(self, cfg: Config, engines: Sequence[PeerEngine], placement: Placement) -> None:
+        super().__init__(cfg, engines, placement)
+        self._branches = [torch.cuda.Stream() for _ in engines]
+
+    def each(self, work: Callable[[PeerEngine], T]) -> list[T]:
+        """Each peer on its branch; what it makes, the others may use behind this."""
+        trunk, results = torch.cuda.current_stream(), []
+        for engine, branch in zip(self.engines, self._branches, strict=True):
+            branch.wait_stream(trunk)
+            with torch.cuda.stream(branch):
+                results.append(work(engine))
+        for branch in self._branches:
+            trunk.wait_stream(branch)
+        return results
+
+
+class CapturedStep:
+    """The parts of a step as CUDA graphs from step WARM_UP on.
 
     `make_views` launches what fills the tensors that `forward` is given, which are the same in every step; without it
     their content is copied into the graphs' own.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        engines: Sequence[PeerEngine],
-        group: dist.ProcessGroup | None,
-        *,
-        make_views: Callable[[], None] | None = None,
-    ) -> None:
-        super().__init__(cfg, engines, group)
-        self._make_views = make_views
+    def __init__(self, step: Step, *, make_views: Callable[[], None] | None = None) -> None:
+        self._step, self._make_views = step, make_views
         self._stream = torch.cuda.Stream()
-        self._branches = [torch.cuda.Stream() for _ in engines]
         self._done = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def forward(self, views: list[Tensor]) -> Losses:
+        """The losses of the batch, as `Step.forward` has them."""
         if self._done == WARM_UP:
             self._capture(views)
         self._done += 1
@@ -109,35 +139,26 @@ class CapturedStep(Step):
         return self._captured
 
     def backward(self, losses: Losses) -> None:
+        """The gradients of each peer."""
         if self._graphs:
             self._graphs[1].replay()
             return
         with self._aside():
-            super().backward(losses)
+            self._step.backward(losses)
 
     def optimize(self, rates: Sequence[float]) -> None:
+        """One optimizer step of each peer, at its learning rate."""
         if self._graphs:
-            self._set_rates(rates)
+            self._step.set_rates(rates)
             self._graphs[2].replay()
             return
         with self._aside():
-            super().optimize(rates)
+            self._step.optimize(rates)
 
     def _from_views(self, views: list[Tensor]) -> Losses:
         if self._make_views is not None:
             self._make_views()
-        return super().forward(views)
-
-    def _each(self, work: Callable[[int], T]) -> list[T]:
-        """Each peer on its branch; what it makes, the others may use behind this."""
-        trunk, results = torch.cuda.current_stream(), []
-        for p, branch in enumerate(self._branches):
-            branch.wait_stream(trunk)
-            with torch.cuda.stream(branch):
-                results.append(work(p))
-        for branch in self._branches:
-            trunk.wait_stream(branch)
-        return results
+        return self._step.forward(views)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -163,7 +184,7 @@ class CapturedStep(Step):
 
     def _capture_parts(self, views: list[Tensor]) -> None:
         inputs = views if self._make_views is not None else [torch.empty_like(view) for view in views]
-        for engine in self.engines:
+        for engine in self._step.engines:
             for group in engine.optimizer.param_groups:
                 # In memory, where the graph reads it: a number would be captured as it is now.
                 group["lr"] = torch.tensor(float(group["lr"]), device=views[0].device)
@@ -177,16 +198,34 @@ class CapturedStep(Step):
             return graph, made
 
         forward, losses = graph_of(lambda: self._from_views(inputs))
-        backward, _ = graph_of(lambda: super(CapturedStep, self).backward(losses))
-        step, _ = graph_of(lambda: self._each(lambda p: self.engines[p].step()))
-        self._inputs, self._captured, self._graphs = inputs, losses, [forward, backward, step]
+        backward, _ = graph_of(lambda: self._step.backward(losses))
+        update, _ = graph_of(self._step.update)
+        self._inputs, self._captured, self._graphs = inputs, losses, [forward, backward, update]
+
+
+def build_step(
+    cfg: Config,
+    engines: Sequence[PeerEngine],
+    placement: Placement,
+    *,
+    captured: bool,
+    make_views: Callable[[], None] | None = None,
+) -> Step | CapturedStep:
+    """The step that the configuration asks for; `make_views`: see CapturedStep."""
+    wanted = cfg.engine.concurrency
+    streams = wanted == "streams" or (wanted == "auto" and captured)
+    step = (StreamedStep if streams else Step)(cfg, engines, placement)
+    return CapturedStep(step, make_views=make_views) if captured else step
 
 
 def captures(cfg: Config, ranks: Ranks) -> bool:
     """Whether the step is captured in this run.
 
-    Raises ConfigError where `engine.capture` is true and it cannot be on this machine.
+    Raises ConfigError where `engine.capture` is true and it cannot be on this machine, and where
+    `engine.concurrency` is streams without a GPU.
     """
+    if cfg.engine.concurrency == "streams" and ranks.device.type != "cuda":
+        raise ConfigError(f"engine.concurrency: streams takes a GPU, found device {ranks.device.type}; use serial")
     if cfg.engine.capture is False:
         return False
     reason = _obstacle(cfg, ranks)

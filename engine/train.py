@@ -22,6 +22,7 @@ from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, load_config
 from engine.data.dataset import DataError
 from engine.optimizers import describe_scaling
+from engine.placement import describe_placement
 from engine.run_dir import describe_summary
 from engine.step import describe_capture
 from engine.trainer import NonFiniteLoss, Trainer
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = Trainer(cfg, ranks)
         resumed = trainer.resume_point
         if first:
-            lines = [*describe_scaling(cfg), *describe_capture(cfg, ranks)]
+            lines = [*describe_scaling(cfg), *describe_placement(cfg, trainer.placement)]
+            lines += describe_capture(cfg, ranks)
             print("".join(f"{line}\n" for line in lines), end="", flush=True)
         summary = trainer.fit()
     except (ConfigError, DataError, CheckpointError, NonFiniteLoss) as error:

@@ -33,8 +33,9 @@ from engine.engines import build_engines, precision_of
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
 from engine.objectives import PeerLoss, Views
 from engine.optimizers import learning_rate
+from engine.placement import place
 from engine.probe import KnnProbe
-from engine.step import CapturedStep, Finite, Step, captures
+from engine.step import CapturedStep, Finite, Step, build_step, captures
 
 MAX_AUTO_WORKERS = 8
 LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader, "resident": ResidentLoader}
@@ -64,30 +65,34 @@ class Trainer:
         if cfg.data.loader == "dali":
             everyone_does(ranks, require_dali)  # a rank that lacks it must not leave the others waiting
         self.resume_point = first_rank_does(ranks, lambda: run_dir.resume_point(cfg, ranks.world))
-        seed_everything(cfg.run.seed)
         self.size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
-        self.engines = everyone_does(ranks, lambda: build_engines(cfg, ranks, self.size))
+        begun = None if self.resume_point is None else self.resume_point[1].split
+        self.placement = everyone_does(ranks, lambda: place(cfg, ranks, self.size, begun))
+        seed_everything(cfg.run.seed)
+        self.engines = everyone_does(ranks, lambda: build_engines(cfg, self.placement, self.size))
         everyone_does(ranks, self._open_data)
         everyone_does(ranks, self._check_same_data)
         self.step = self._build_step()
         self.meters = Meters()
 
     def _open_data(self) -> None:
-        cfg, ranks = self.cfg, self.ranks
+        cfg, ranks, own = self.cfg, self.ranks, self.placement.own
         workers = min(cores_per_rank(), MAX_AUTO_WORKERS) if cfg.data.workers == "auto" else cfg.data.workers
         policy = build_policy(cfg.data.augment, self.size)
         dataset = open_split(cfg.data, "train")
         assert dataset is not None
         self.skipped = SkippedImages(ranks)
         self.order = BatchOrder(
-            dataset, batch_size=cfg.data.batch_size, seed=cfg.run.seed, ranks=ranks, last_batch=cfg.data.last_batch
+            dataset, batch_size=cfg.data.batch_size, seed=cfg.run.seed, ranks=own, last_batch=cfg.data.last_batch
         )
+        per_peer = cfg.data.views == "per_peer"
         self.loader = LOADERS[cfg.data.loader](
-            dataset, policy, self.order, views=2 * len(cfg.peers) if cfg.data.views == "per_peer" else 2,
-            workers=workers, ranks=ranks, skipped=self.skipped, **self._loader_options(),
+            dataset, policy, self.order, views=2 * len(self.placement.peers) if per_peer else 2,
+            workers=workers, ranks=own, skipped=self.skipped, **self._loader_options(),
+            first_view=2 * self.placement.peers[0] if per_peer else 0,
         )  # fmt: skip
         self.knn = KnnProbe(
-            cfg.data, cfg.eval.knn, policy, workers=workers, ranks=ranks, skipped=self.skipped,
+            cfg.data, cfg.eval.knn, policy, workers=workers, ranks=own, skipped=self.skipped,
         )  # fmt: skip
         held = self.knn.queries.rejected if self.knn.queries is not None else ()
         self.rejected = len({*dataset.rejected, *held})
@@ -95,8 +100,9 @@ class Trainer:
         self.data = dataset.fingerprint()
         if self.resume_point is not None:
             checkpoint.check_fits(
-                *self.resume_point, steps=self.steps, data=self.data, loader=self.loader.fingerprint()
-            )
+                *self.resume_point, steps=self.steps, data=self.data, loader=self.loader.fingerprint(),
+                split=self.placement.sizes,
+            )  # fmt: skip
 
     def _loader_options(self) -> dict[str, Any]:
         if self.cfg.data.loader != "resident":
@@ -115,12 +121,11 @@ class Trainer:
                     f"{' by '.join(found[0])}; give all ranks the same files and the same software"
                 )
 
-    def _build_step(self) -> Step:
-        if not self.captured:
-            return Step(self.cfg, self.engines, self.ranks.group)
+    def _build_step(self) -> Step | CapturedStep:
         # Only views that lie in the same memory in every step can be made inside of the graph.
-        make_views = self.loader.leave_launch() if isinstance(self.loader, ResidentLoader) else None
-        return CapturedStep(self.cfg, self.engines, self.ranks.group, make_views=make_views)
+        inside = self.captured and isinstance(self.loader, ResidentLoader)
+        make_views = self.loader.leave_launch() if inside else None
+        return build_step(self.cfg, self.engines, self.placement, captured=self.captured, make_views=make_views)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -211,21 +216,21 @@ class Trainer:
 
     def _scalars(self, losses: list[PeerLoss]) -> dict[str, Tensor]:
         values = {}
-        for engine, loss in zip(self.engines, losses, strict=True):
-            values[f"loss/{engine.name}"] = loss.loss.detach()
-            values.update({f"{term}/{engine.name}": value for term, value in loss.terms.items()})
+        for peer, loss in zip(self.cfg.peers, losses, strict=True):
+            values[f"loss/{peer.name}"] = loss.loss.detach()
+            values.update({f"{term}/{peer.name}": value for term, value in loss.terms.items()})
         return values
 
     def _log(self, done: int, embeddings: list[Views]) -> dict[str, Any]:
         row: dict[str, float] = {"epoch": done / self.order.steps_per_epoch, **self.meters.read()}
-        for engine, (x, _) in zip(self.engines, embeddings, strict=True):
-            row.update({f"{key}/{engine.name}": float(v) for key, v in collapse_indicators(x).items()})
-            row[f"lr/{engine.name}"] = float(engine.optimizer.param_groups[0]["lr"])
+        for peer, (x, _), rate in zip(self.cfg.peers, embeddings, self._rates(done - 1), strict=True):
+            row.update({f"{key}/{peer.name}": float(v) for key, v in collapse_indicators(x).items()})
+            row[f"lr/{peer.name}"] = rate
         row["images_per_s"] = self._rate(done)
         self.skipped.share()
         row["skipped_images"] = self.rejected + len(self.skipped)
         self.recorder.write(done, row)
-        losses = "  ".join(f"loss {engine.name} {row[f'loss/{engine.name}']:.3f}" for engine in self.engines)
+        losses = "  ".join(f"loss {peer.name} {row[f'loss/{peer.name}']:.3f}" for peer in self.cfg.peers)
         return {"rate": f"{row['images_per_s']:,.0f} images/s", "note": losses}
 
     def _rate(self, done: int) -> float:
@@ -235,10 +240,13 @@ class Trainer:
         return self.cfg.data.batch_size * (done - before) / max(now - then, 1e-9)
 
     def _evaluate(self, done: int) -> None:
-        row = {}
+        own = {}
         for engine in self.engines:
-            average_buffers(engine.module, self.ranks.group)
-            row[f"knn/{engine.name}"] = self.knn.accuracy(engine.features)
+            average_buffers(engine.module, engine.ranks.group)
+            own[f"knn/{engine.name}"] = self.knn.accuracy(engine.features)
+        # Each rank has those of its peers; the configuration's order.
+        found = {key: value for part in gather_objects(self.ranks, own) for key, value in part.items()}
+        row = {key: found[key] for key in (f"knn/{peer.name}" for peer in self.cfg.peers)}
         self.skipped.share()
         if None not in row.values():
             self.recorder.write(done, row)
@@ -246,7 +254,7 @@ class Trainer:
     def _save(self, done: int, folder: str = "checkpoints") -> Path:
         progress = checkpoint.Progress(
             step=done, data=self.data, loader=self.loader.fingerprint(),
-            seconds=self.wall.read(), train_seconds=self.training.read(),
+            seconds=self.wall.read(), train_seconds=self.training.read(), split=self.placement.sizes,
         )  # fmt: skip
         path = checkpoint.save(self.folder / folder, progress, self.engines, self.cfg, self.ranks)
         if self.ranks.is_first:
@@ -259,7 +267,9 @@ class Trainer:
         replay = {"views": [view.cpu() for view in batch.views], "indices": batch.indices}
         torch.save(replay, folder / f"batch.rank{self.ranks.rank}.pt")
         barrier(self.ranks)
-        values = ", ".join(f"{e.name}: {loss.loss.item():g}" for e, loss in zip(self.engines, losses, strict=True))
+        values = ", ".join(
+            f"{peer.name}: {loss.loss.item():g}" for peer, loss in zip(self.cfg.peers, losses, strict=True)
+        )
         raise NonFiniteLoss(
             f"the loss of step {batch.step + 1} is not finite ({values}); the weights that gave it and their batch are "
             f"in {folder}, where run.resume={folder} repeats it; a lower learning rate may help"

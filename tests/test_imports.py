@@ -25,7 +25,8 @@ ORDER = [
     "engine.data.shard_files", "engine.data.shards", "engine.data.crc32c", "engine.data.webdataset",
     "engine.data.tfrecord", "engine.data.catalog", "engine.data.augment", "engine.data.order", "engine.data.skipped",
     "engine.data.torch_loader", "engine.data.resident_loader", "engine.data.dali_graph", "engine.data.dali_loader",
-    "engine.peers", "engine.objectives", "engine.optimizers", "engine.engines", "engine.step", "engine.checkpoint",
+    "engine.peers", "engine.placement", "engine.objectives", "engine.optimizers", "engine.engines", "engine.step",
+    "engine.checkpoint",
     "engine.metrics", "engine.run_dir", "engine.probe", "engine.trainer", "engine.train", "engine.export",
     "engine.scan", "engine.pack",
 ]  # fmt: skip

@@ -175,10 +175,20 @@ def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], views: int) -> A
 
 
 def draw_views(
-    policy: AugmentPolicy, *, seed: int, epoch: int, indices: NDArray[np.int64], sizes: NDArray[np.integer], views: int
+    policy: AugmentPolicy,
+    *,
+    seed: int,
+    epoch: int,
+    indices: NDArray[np.int64],
+    sizes: NDArray[np.integer],
+    views: int,
+    first: int = 0,
 ) -> ViewParams:
-    """Parameters of all views of n images (sizes [n, 2]: width, height), [views * n] rows, those of a view together."""
-    numbers = uniforms(seed, epoch, indices, views)
+    """Parameters of views `first` to `first + views` - 1 of n images, [views * n] rows, those of a view together.
+
+    `sizes` [n, 2]: width, height.  A view is the same whatever others are drawn.
+    """
+    numbers = uniforms(seed, epoch, indices, first + views)[first:]
     width, height = np.tile(sizes, (views, 1)).T.astype(float)
     return policy.draw(numbers.reshape(-1, UNIFORMS), width, height)
 

@@ -52,7 +52,7 @@ class _Fed(NamedTuple):
 
 
 class DaliLoader:
-    """Draws V views of every image in the order of a BatchOrder, through DALI."""
+    """Draws V views of every image, from `first_view` on, in the order of a BatchOrder, through DALI."""
 
     def __init__(
         self,
@@ -64,10 +64,12 @@ class DaliLoader:
         workers: int,
         ranks: Ranks,
         skipped: SkippedImages,
+        first_view: int = 0,
         graph_alone: bool = False,  # DALI makes the views on a CPU too
     ) -> None:
         self.dataset, self.policy, self.order = dataset, policy, order
-        self.views, self.workers, self.ranks, self.skipped = views, max(1, workers), ranks, skipped
+        self.views, self.first_view = views, first_view
+        self.workers, self.ranks, self.skipped = max(1, workers), ranks, skipped
         self.gpu = ranks.device.type == "cuda"
         self.native = not self.gpu and native.core is not None and not graph_alone
         self._memory = _Memory((views * order.rows, policy.size, policy.size, 3))
@@ -120,7 +122,7 @@ class DaliLoader:
         indices = np.array(read, np.int64)
         params = draw_views(
             self.policy, seed=self.order.seed, epoch=self.order.epoch(step), indices=wanted,
-            sizes=self.dataset.facts.sizes[indices], views=self.views,
+            sizes=self.dataset.facts.sizes[indices], views=self.views, first=self.first_view,
         )  # fmt: skip
         return _Fed(step, wanted, indices, params, [list(encoded), *self._graph_inputs(params)])
 

@@ -51,7 +51,7 @@ class _Drawn(NamedTuple):
 
 
 class ResidentLoader:
-    """Draws V views of every image in the order of a BatchOrder, from memory.
+    """Draws V views of every image, from `first_view` on, in the order of a BatchOrder, from memory.
 
     Raises DataError: images of several sizes, or more than there is memory for.
     """
@@ -66,10 +66,11 @@ class ResidentLoader:
         workers: int,
         ranks: Ranks,
         skipped: SkippedImages,
+        first_view: int = 0,
         dtype: torch.dtype = torch.float32,  # of the views on a GPU
         limit_gib: float | None = None,
     ) -> None:
-        self.dataset, self.policy, self.order, self.views = dataset, policy, order, views
+        self.dataset, self.policy, self.order, self.views, self._first = dataset, policy, order, views, first_view
         self.skipped = skipped
         self.images, self._read = all_images(dataset, max(1, workers))
         self._sides = self.images.shape[1:3]
@@ -110,7 +111,7 @@ class ResidentLoader:
         wanted, (height, width) = self.order.indices(step), self._sides
         params = draw_views(
             self.policy, seed=self.order.seed, epoch=self.order.epoch(step), indices=wanted,
-            sizes=np.tile([width, height], (len(wanted), 1)), views=self.views,
+            sizes=np.tile([width, height], (len(wanted), 1)), views=self.views, first=self._first,
         )  # fmt: skip
         # A copy in the order of its axes, whatever that of a memory map is.
         images = np.ascontiguousarray(self.images[wanted]) if len(self.images) else None

@@ -31,7 +31,7 @@ CHUNK = 64  # images a worker makes at once: bounds latency and memory at 224 px
 
 
 class TorchLoader:
-    """Draws V views of every image in the order of a BatchOrder, in worker processes."""
+    """Draws V views of every image, from `first_view` on, in the order of a BatchOrder, in worker processes."""
 
     def __init__(
         self,
@@ -43,13 +43,14 @@ class TorchLoader:
         workers: int,
         ranks: Ranks,
         skipped: SkippedImages,
+        first_view: int = 0,
     ) -> None:
         self.dataset = dataset
         self.policy = policy
         self.ranks = ranks
         self.workers = workers
         self.skipped = skipped
-        self._chunks = _Chunks(dataset, policy, order, views)
+        self._chunks = _Chunks(dataset, policy, order, views, first_view)
 
     def fingerprint(self) -> str:
         """What makes the views, beside the configuration."""
@@ -140,8 +141,8 @@ def _received(item: Any) -> Any:
 class _Chunks(Dataset):
     """(step, k) -> views of the k-th chunk of this rank's images, uint8 [V, c, S, S, 3]; indices wanted and read."""
 
-    def __init__(self, dataset: ImageDataset, policy: AugmentPolicy, order: BatchOrder, views: int) -> None:
-        self.dataset, self.policy, self.order, self.views = dataset, policy, order, views
+    def __init__(self, dataset: ImageDataset, policy: AugmentPolicy, order: BatchOrder, views: int, first: int) -> None:
+        self.dataset, self.policy, self.order, self.views, self.first = dataset, policy, order, views, first
         self.per_step = -(-order.rows // CHUNK)
 
     def keys(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -159,7 +160,7 @@ class _Chunks(Dataset):
         # The numbers belong to the place, so that a substitute does not repeat the views it has elsewhere.
         params = draw_views(
             self.policy, seed=self.order.seed, epoch=self.order.epoch(step), indices=wanted,
-            sizes=np.array([image.size for image in images]), views=self.views,
+            sizes=np.array([image.size for image in images]), views=self.views, first=self.first,
         )  # fmt: skip
         side, c = self.policy.size, len(wanted)
         out = np.empty((self.views, c, side, side, 3), dtype=np.uint8)

@@ -13,6 +13,7 @@ from bench.reference import Reference
 from engine import distributed
 from engine.config import Config, parse_config
 from engine.engines import build_engines
+from engine.placement import place
 from engine.step import Step
 from kernels import reference as oracle
 from ranks import run_ranks
@@ -41,8 +42,9 @@ def side_by_side(seed: int) -> list[list[list[float]]]:
     try:
         distributed.seed_everything(seed)
         cfg = config()
-        engines = build_engines(cfg, ranks, SIZE)
-        step, plain = Step(cfg, engines, ranks.group), Reference(cfg, ranks.device, size=SIZE)
+        placement = place(cfg, ranks, SIZE)
+        engines = build_engines(cfg, placement, SIZE)
+        step, plain = Step(cfg, engines, placement), Reference(cfg, ranks.device, size=SIZE)
         for peer, engine in zip(plain.peers, engines, strict=True):
             peer.load_state_dict(engine.weights())
         generator = torch.Generator().manual_seed(seed)

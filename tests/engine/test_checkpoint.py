@@ -210,6 +210,9 @@ class Weights:
     name = "a"
     module = torch.nn.BatchNorm1d(2)
 
+    def __init__(self, ranks):
+        self.ranks = ranks
+
     def weights(self):
         return {"w": torch.ones(3)}
 
@@ -223,7 +226,7 @@ def stub(tmp_path, config, alone):
 
     def save(step: int) -> Path:
         progress = checkpoint.Progress(step, data="48 images", loader="torchvision", seconds=1.0, train_seconds=0.5)
-        return checkpoint.save(tmp_path, progress, [Weights()], config, alone)
+        return checkpoint.save(tmp_path, progress, [Weights(alone)], config, alone)
 
     return save
 

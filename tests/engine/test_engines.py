@@ -13,6 +13,7 @@ from engine.engines import build_engines, deepspeed_config
 from engine.objectives import peer_losses
 from engine.optimizers import set_learning_rate
 from engine.peers import build_peer
+from engine.placement import place
 from kernels.collectives import mean_over_ranks
 from ranks import run_ranks
 
@@ -53,7 +54,7 @@ def batches(count: int, ranks) -> list[list[torch.Tensor]]:
 
 def train(cfg, ranks, steps: int, engines=None) -> tuple[list, list[list[float]]]:
     distributed.seed_everything(0)
-    engines = engines or build_engines(cfg, ranks, SIZE)
+    engines = engines or build_engines(cfg, place(cfg, ranks, SIZE), SIZE)
     history = []
     for views in batches(steps, ranks):
         embeddings = [engines[0].embed(*views[:2]), engines[1].embed(*views[2:])]
@@ -152,7 +153,7 @@ def one_backward(bn: str) -> tuple[list, dict]:
     ranks = distributed.start()
     distributed.seed_everything(0)
     cfg = config(smooth=True, engine={"precision": "fp32"}, bn=bn)
-    engines = build_engines(cfg, ranks, SIZE)
+    engines = build_engines(cfg, place(cfg, ranks, SIZE), SIZE)
     (views,) = batches(1, ranks)
     losses = peer_losses(cfg, [engines[0].embed(*views[:2]), engines[1].embed(*views[2:])], ranks.group)
     for engine, loss in zip(engines, losses, strict=True):
@@ -208,7 +209,7 @@ def no_clipping() -> float:
         engine={"precision": "fp32"}, optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
     )
     distributed.seed_everything(0)
-    engine = build_engines(cfg, ranks, SIZE)[0]
+    engine = build_engines(cfg, place(cfg, ranks, SIZE), SIZE)[0]
     before = engine.weights()
     (views,) = batches(1, ranks)
     x, y = engine.embed(*views[:2])
@@ -258,7 +259,7 @@ def state_of_a_gpu(name: str) -> tuple[list, list, list]:
     state = [(engine.weights(), engine.optimizer_state()) for engine in engines]
     results = []
     for saved_on in ("cpu", "gpu"):
-        fresh = build_engines(cfg, ranks, SIZE)
+        fresh = build_engines(cfg, place(cfg, ranks, SIZE), SIZE)
         for engine, (weights, optimizer) in zip(fresh, copy.deepcopy(state), strict=True):
             groups = optimizer["param_groups"]
             if saved_on == "gpu":
@@ -288,7 +289,7 @@ def round_trip(stage: int) -> tuple[list, list, list]:
     engines, _ = train(cfg, ranks, 3)
     state = [(engine.weights(), engine.optimizer_state()) for engine in engines]
     _, straight = train(cfg, ranks, 3, engines)
-    fresh = build_engines(cfg, ranks, SIZE)
+    fresh = build_engines(cfg, place(cfg, ranks, SIZE), SIZE)
     for engine, (weights, optimizer) in zip(fresh, state, strict=True):
         engine.load_weights(weights)
         engine.load_optimizer_state(optimizer)

@@ -23,6 +23,7 @@ from engine.optimizers import (
     parameter_groups,
     set_learning_rate,
 )
+from engine.placement import place
 
 NAMES = ["adam", "adamw", "sgd", "lars", "lamb"]
 LENGTH = {"steps": 50, "steps_per_epoch": 10, "batch_size": 256}
@@ -450,5 +451,6 @@ def test_apex_is_imported_only_when_asked_for(install, tmp_path):
 def test_a_run_refuses_before_any_peer_is_built(settings, alone, monkeypatch):
     monkeypatch.setattr(engines, "build_peer", lambda *args, **options: pytest.fail("a peer was built"))
     settings["peers"][1]["optimizer"] = {"name": "apex.fused_sgd"}
+    cfg = parse_config(settings)
     with pytest.raises(ConfigError, match="^peers.1.optimizer.name: apex.fused_sgd runs on NVIDIA GPUs alone"):
-        engines.build_engines(parse_config(settings), alone, 32)
+        engines.build_engines(cfg, place(cfg, alone, 32), 32)

@@ -9,7 +9,7 @@ import torch
 from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.distributed import Ranks
-from engine.step import WARM_UP, CapturedStep, Finite, captures, describe_capture
+from engine.step import WARM_UP, CapturedStep, Finite, StreamedStep, captures, describe_capture
 from engine.trainer import NonFiniteLoss, Trainer
 from ranks import run_ranks
 
@@ -96,6 +96,30 @@ def test_other_runs_are_captured_too(settings, gpu, precision, views, peers):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["resident", "torchvision"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_peers_on_streams_of_their_own_are_the_serial_run(settings, gpu, stage, loader):
+    settings["run"]["steps"] = 20
+    settings["data"].update(loader=loader, batch_size=16)
+    settings["engine"] = {"precision": "fp32", "capture": False, "zero_stage": stage, "concurrency": "serial"}
+    serial = trained(settings, gpu, "serial")
+    streams = trained(settings, gpu, "streams", engine={"concurrency": "streams"})
+    assert isinstance(streams.step, StreamedStep) and not isinstance(serial.step, StreamedStep)
+    assert_same(serial, streams)
+
+
+@pytest.mark.gpu
+def test_graphs_have_branches_unless_told_otherwise(settings, gpu):
+    settings["run"]["steps"] = 12
+    settings["data"].update(loader="resident", batch_size=16)
+    settings["engine"] = {"precision": "fp32", "capture": True}
+    branches = trained(settings, gpu, "branches")
+    without = trained(settings, gpu, "without", engine={"concurrency": "serial"})
+    assert isinstance(branches.step._step, StreamedStep) and not isinstance(without.step._step, StreamedStep)
+    assert_same(branches, without)
+
+
+@pytest.mark.gpu
 def test_a_captured_run_goes_on_from_a_checkpoint(settings, gpu):
     settings["run"].update(steps=14, save_every_steps=7)
     settings["data"].update(loader="resident", batch_size=16)
@@ -170,6 +194,12 @@ def test_capture_needs_one_gpu(config, alone):
         captures(engine_with(config, capture=True), alone)
     with pytest.raises(ConfigError, match="engine.capture: takes one GPU, found 2 ranks"):
         captures(engine_with(config, capture=True), TWO)
+
+
+def test_streams_need_a_gpu(config, alone):
+    with pytest.raises(ConfigError, match="engine.concurrency: streams takes a GPU, found device cpu; use serial"):
+        captures(engine_with(config, concurrency="streams"), alone)
+    assert not captures(engine_with(config, concurrency="streams"), GPU)
 
 
 def test_auto_captures_what_is_resident(settings):

@@ -52,11 +52,23 @@ def folder(tmp_path):
 
 
 def loader(
-    kind, ranks, dataset, *, maker="native", seed=1, views=4, workers=2, batch_size=10, last_batch="drop", hue=0.2
+    kind,
+    ranks,
+    dataset,
+    *,
+    maker="native",
+    seed=1,
+    views=4,
+    workers=2,
+    batch_size=10,
+    last_batch="drop",
+    hue=0.2,
+    first_view=0,
 ):
     order = BatchOrder(dataset, batch_size=batch_size, seed=seed, ranks=ranks, last_batch=last_batch)
     policy = build_policy(AugmentConfig(blur=0.5, hue=hue), SIZE)
     options = {"views": views, "workers": workers, "ranks": ranks, "skipped": SkippedImages(ranks)}
+    options["first_view"] = first_view
     if kind is DaliLoader:
         options["graph_alone"] = maker == "dali"
     return kind(dataset, policy, order, **options)
@@ -86,6 +98,13 @@ def test_images_order_and_views_are_the_torchvision_loaders(alone, folder, maker
             assert view.is_contiguous(memory_format=torch.channels_last)
             differences.append((view - wanted).abs().mean().item() * 0.225 * 255)
     assert np.mean(differences) < (0.7 if maker == "native" else 2.5), "levels of 255"
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_view_is_the_same_whatever_others_are_drawn(alone, folder, maker):
+    dataset = open_folder(folder).train
+    whole = [views[2:] for views in stream(alone, dataset, 0, 2, maker=maker)]
+    assert equal(stream(alone, dataset, 0, 2, maker=maker, views=2, first_view=2), whole)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

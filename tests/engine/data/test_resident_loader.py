@@ -32,12 +32,12 @@ def noise(n=40, side=SIZE) -> ArrayDataset:
     return ArrayDataset("noise", np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8), None)
 
 
-def loader(kind, dataset, device="cpu", *, ranks=None, seed=0, blur=0.0, size=SIZE, **options):
+def loader(kind, dataset, device="cpu", *, ranks=None, seed=0, blur=0.0, size=SIZE, views=4, **options):
     ranks = ranks or ranks_on(device)
     order = BatchOrder(dataset, batch_size=BATCH, seed=seed, ranks=ranks)
     policy = build_policy(AugmentConfig(blur=blur), size)
     return kind(
-        dataset, policy, order, views=4, workers=0, ranks=ranks, skipped=SkippedImages(ranks), **options
+        dataset, policy, order, views=views, workers=0, ranks=ranks, skipped=SkippedImages(ranks), **options
     )  # fmt: skip
 
 
@@ -59,6 +59,14 @@ def test_batches_are_those_of_the_torchvision_loader(device, blur, size):
     dataset = noise()
     wanted = list(loader(TorchLoader, dataset, blur=blur, size=size).batches(1, 6))  # over the end of an epoch
     assert_same(list(loader(ResidentLoader, dataset, device, blur=blur, size=size).batches(1, 6)), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_some_of_the_views(device):
+    dataset = noise()
+    wanted = list(loader(TorchLoader, dataset).batches(1, 3))
+    last_two = [batch._replace(views=batch.views[2:]) for batch in wanted]
+    assert_same(list(loader(ResidentLoader, dataset, device, views=2, first_view=2).batches(1, 3)), last_two)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -29,11 +29,16 @@ def dataset(n=37, side=16) -> ArrayDataset:
     return ArrayDataset("random", images, np.arange(n) % 3)
 
 
-def loader(ranks: Ranks, data: ImageDataset | None = None, *, batch_size=10, seed=1, views=4, workers=0) -> TorchLoader:
+def loader(
+    ranks: Ranks, data: ImageDataset | None = None, *, batch_size=10, seed=1, views=4, workers=0, first_view=0
+) -> TorchLoader:
     data = data or dataset()
     order = BatchOrder(data, batch_size=batch_size, seed=seed, ranks=ranks)
     policy = build_policy(AugmentConfig(), SIZE)
-    return TorchLoader(data, policy, order, views=views, workers=workers, ranks=ranks, skipped=SkippedImages(ranks))
+    skipped = SkippedImages(ranks)
+    return TorchLoader(
+        data, policy, order, views=views, workers=workers, ranks=ranks, skipped=skipped, first_view=first_view
+    )
 
 
 def stream(*arguments, start=0, stop=7, **changes) -> list[torch.Tensor]:
@@ -62,6 +67,14 @@ def test_seeds_and_views_differ(alone):
     views = stream(alone, stop=1)[0]
     assert all((views[i] != views[j]).any() for i in range(4) for j in range(i))
     assert (views != stream(alone, stop=1, seed=2)[0]).any()
+
+
+def test_a_view_is_the_same_whatever_others_are_drawn(alone):
+    (whole,) = loader(alone, views=4).batches(2, 3)
+    for first in (0, 2):
+        (part,) = loader(alone, views=2, first_view=first).batches(2, 3)
+        assert all(torch.equal(one, other) for one, other in zip(part.views, whole.views[first:], strict=False))
+        assert len(part.views) == 2 and torch.equal(part.indices, whole.indices)
 
 
 def test_batches_larger_than_a_chunk_keep_their_order(alone):
