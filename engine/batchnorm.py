@@ -27,14 +27,15 @@ def average_buffers(module: nn.Module, group: dist.ProcessGroup | None) -> None:
             buffer /= world_size(group)
 
 
-def convert_sync_bn(module: nn.Module, ranks: Ranks) -> nn.Module:
+def convert_sync_bn(module: nn.Module, ranks: Ranks, *, traceable: bool = False) -> nn.Module:
     """Every BatchNorm below `module` takes its statistics over all ranks; parameter names stay.
 
-    torch's SyncBatchNorm where there is a GPU, `GlobalBatchNorm` on a CPU, which torch's refuses.
+    torch's SyncBatchNorm where there is a GPU, `GlobalBatchNorm` on a CPU, which torch's refuses, and where it is to be
+    `traceable` by torch.compile, whose graph torch's breaks.
     """
     if ranks.group is None:
         return module
-    if ranks.device.type == "cuda":
+    if ranks.device.type == "cuda" and not traceable:
         from timm.layers import convert_sync_batchnorm  # unlike torch's, keeps the activation of BatchNormAct2d
 
         return cast(nn.Module, convert_sync_batchnorm(module, ranks.group))

@@ -209,6 +209,8 @@ class EngineConfig(Section):
     capture: bool | Literal["auto"] = "auto"
     """The training step as CUDA graphs: the same run with less work for the host.  On one GPU, at zero_stage 0, with
     adam, adamw, sgd or lars; auto: where that is so and data.loader is resident."""
+    compile: bool = False
+    """Peers through torch.compile, at zero_stage 0 to 2: some minutes at the start for faster steps; other roundings."""
     concurrency: Literal["auto", "serial", "streams", "split"] = "auto"
     """serial: one peer's work behind the other's; streams: each peer on a CUDA stream of its own, which become branches
     of the graphs where the step is captured; split: two groups of ranks, one peer each, between which embeddings alone
@@ -261,7 +263,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         if len(self.peers) == 1 and self.distill is not None:
             raise ValueError("distill: needs two peers to distil between, found one; leave the section out")
-        self._check_concurrency()
+        self._check_engine()
         if self.engine.capture is True and (reason := self.not_capturable()):
             raise ValueError(f"engine.capture: {reason}; use engine.capture=false")
         names = [peer.name for peer in self.peers]
@@ -277,7 +279,7 @@ class Config(Section):
                 )
         return self
 
-    def _check_concurrency(self) -> None:
+    def _check_engine(self) -> None:
         engine = self.engine
         if engine.concurrency in ("streams", "split") and len(self.peers) == 1:
             raise ValueError(f"engine.concurrency: {engine.concurrency} takes two peers, found one; use serial")
@@ -285,6 +287,10 @@ class Config(Section):
             raise ValueError(
                 f"engine.split: {list(engine.split)} with engine.concurrency={engine.concurrency}, which splits "
                 "nothing; unset it"
+            )
+        if engine.compile and engine.zero_stage == 3:
+            raise ValueError(
+                "engine.compile: takes engine.zero_stage 0 to 2, found 3, whose hooks in every layer break the graph"
             )
         if engine.concurrency == "streams" and engine.zero_stage == 3:
             # Parameters that it gathers ahead belong to one stream (deepspeedai/DeepSpeed #7898).

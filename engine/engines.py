@@ -246,11 +246,13 @@ def build_engines(cfg: Config, placement: Placement, image_size: int) -> list[Pe
     for i, peer_cfg in enumerate(cfg.peers):
         with _keyed(i):
             # Also one that others train: it draws its weights before the next.
-            peer: nn.Module = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
+            peer = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
         if i not in placement.peers:
             continue
-        if cfg.engine.sync_bn:
-            peer = convert_sync_bn(peer, ranks)  # before initialize: afterwards DeepSpeed holds the old modules
+        if cfg.engine.sync_bn:  # before initialize: afterwards DeepSpeed holds the old modules
+            convert_sync_bn(peer, ranks, traceable=cfg.engine.compile)
+        if cfg.engine.compile:
+            peer.compile_embedding()
         with _keyed(i):
             # ZeRO >= 1 gives the optimizer flat pieces of its own.
             fused = ranks.device.type == "cuda" and cfg.engine.zero_stage == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,25 @@ class Peer(nn.Module):
         self.encoder = encoder
         self.projector = projector
         self.joint = joint
+        self._embedding: Callable[[Tensor], Tensor] = self.embedding
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, 3, H, W] twice -> [n, D] twice
         if self.joint:
-            z_x, z_y = self.projector(self.encoder(torch.cat((x, y)))).chunk(2)
+            z_x, z_y = self._embedding(torch.cat((x, y))).chunk(2)
             return z_x, z_y
-        return self.projector(self.encoder(x)), self.projector(self.encoder(y))
+        return self._embedding(x), self._embedding(y)
+
+    def embedding(self, images: Tensor) -> Tensor:  # [n, 3, H, W] -> [n, D]
+        """One pass through encoder and projector."""
+        return self.projector(self.encoder(images))
+
+    def compile_embedding(self) -> None:
+        """From now on `forward` runs through torch.compile, each pass one graph; the encoder alone stays as it is.
+
+        A pass, not `forward`: two views by themselves are one graph that is compiled once.  What breaks the graph is an
+        error when it is met.
+        """
+        self._embedding = torch.compile(self.embedding, fullgraph=True, dynamic=False)
 
 
 def build_peer(cfg: PeerConfig, *, image_size: int) -> Peer:

@@ -34,22 +34,30 @@ def group_called(name: str) -> dist.ProcessGroup | None:
     return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
+def _gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [n, ...] -> [W n, ...]
+    x = x.contiguous()
+    gathered = [torch.empty_like(x) for _ in range(world_size(group))]
+    dist.all_gather(gathered, x, group=group)
+    return torch.cat(gathered)
+
+
+def _summed(grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [W n, ...] -> [n, ...]
+    """The transpose of the gather: every rank used the rows of this one, so their gradients add up."""
+    total = grad.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    n = total.shape[0] // world_size(group)
+    return total.narrow(0, rank_in(group) * n, n).clone()
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # x: [n, ...] -> [W n, ...]
         ctx.group = group
-        x = x.contiguous()
-        gathered = [torch.empty_like(x) for _ in range(world_size(group))]
-        dist.all_gather(gathered, x, group=group)
-        return torch.cat(gathered)
+        return _gathered(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # Every rank used the rows of this one, so their gradients add up: the transpose of the gather.
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        n = grad.shape[0] // world_size(ctx.group)
-        return grad.narrow(0, rank_in(ctx.group) * n, n), None
+        return _summed(grads[0], ctx.group), None
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -57,7 +65,45 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
     Every rank must pass the same shape and dtype.  The identity where `group` is None.
     """
-    return x if world_size(group) == 1 else _AllGather.apply(x, group)
+    if world_size(group) == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return gather_op(x, name_of(group), world_size(group))
+    return _AllGather.apply(x, group)
+
+
+# The same for torch.compile, to which collectives of autograd functions are opaque.
+
+
+@torch.library.custom_op("dogo::gather_rows", mutates_args=())
+def gather_op(x: Tensor, group: str, world: int) -> Tensor:
+    return _gathered(x, group_called(group))
+
+
+@gather_op.register_fake
+def _(x, group, world):
+    return x.new_empty((world * x.shape[0], *x.shape[1:]))
+
+
+@torch.library.custom_op("dogo::sum_rows", mutates_args=())
+def sum_op(grad: Tensor, group: str, world: int) -> Tensor:
+    return _summed(grad, group_called(group))
+
+
+@sum_op.register_fake
+def _(grad, group, world):
+    return grad.new_empty((grad.shape[0] // world, *grad.shape[1:]))
+
+
+def _keep_group(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, ctx.group, ctx.world = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return sum_op(grad, ctx.group, ctx.world), None, None
+
+
+gather_op.register_autograd(_backward, setup_context=_keep_group)
 
 
 def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
