@@ -38,7 +38,7 @@ FORMAT = 2
 FREE_KEYS = ("run.output_dir", "run.resume", "run.save_every_steps", "run.keep_checkpoints", "run.log_every_steps",
              "run.epochs", "run.steps", "data.root", "data.manifest", "data.shards",
              "data.workers", "data.resident_gib", "engine.capture", "engine.concurrency", "engine.split",
-             "eval")  # fmt: skip
+             "engine.profile", "eval")  # fmt: skip
 
 
 class CheckpointError(ValueError):

@@ -202,6 +202,13 @@ class DistillConfig(Section):
         return self.weight if isinstance(self.weight, tuple) else (self.weight, self.weight)
 
 
+class ProfileConfig(Section):
+    start: Annotated[int, Field(ge=0)]
+    """The first step that is profiled; 0 is the run's first."""
+    steps: Annotated[int, Field(ge=1)]
+    """How many are."""
+
+
 class EngineConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 (autocast; weights stay fp32) on a GPU, fp32 on a CPU."""
@@ -210,7 +217,7 @@ class EngineConfig(Section):
     """The training step as CUDA graphs: the same run with less work for the host.  On one GPU, at zero_stage 0, with
     adam, adamw, sgd or lars; auto: where that is so and data.loader is resident."""
     compile: bool = False
-    """Peers through torch.compile, at zero_stage 0 to 2: some minutes at the start for faster steps; other roundings."""
+    """Peers through torch.compile, at zero_stage 0 to 2: a minute or more at the start, other roundings."""
     concurrency: Literal["auto", "serial", "streams", "split"] = "auto"
     """serial: one peer's work behind the other's; streams: each peer on a CUDA stream of its own, which become branches
     of the graphs where the step is captured; split: two groups of ranks, one peer each, between which embeddings alone
@@ -218,6 +225,8 @@ class EngineConfig(Section):
     split: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
     """concurrency split: the ranks of each peer, in the order of `peers`.  Left out: in proportion to the time that a
     step of each takes, measured when the run starts."""
+    profile: ProfileConfig | None = None
+    """Some steps under torch's profiler: a trace and a page on where they went, in output_dir/profile."""
     sync_bn: bool = True
     """BatchNorm statistics over the global batch of all ranks."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -266,6 +275,8 @@ class Config(Section):
         self._check_engine()
         if self.engine.capture is True and (reason := self.not_capturable()):
             raise ValueError(f"engine.capture: {reason}; use engine.capture=false")
+        if self.run.steps is not None and (reason := self.not_profilable(self.run.steps)):
+            raise ValueError(f"engine.profile: {reason}")
         names = [peer.name for peer in self.peers]
         if len(set(names)) < len(names):
             raise ValueError(f"peers: names must differ, found {', '.join(names)}")
@@ -307,6 +318,16 @@ class Config(Section):
             if peer.optimizer.name not in CAPTURABLE:
                 return f"takes {', '.join(CAPTURABLE)}, found peers.{i}.optimizer.name={peer.optimizer.name}"
         return ""
+
+    def not_profilable(self, steps: int) -> str:
+        """Why a run of so many steps cannot be profiled as configured; empty where it can."""
+        wanted = self.engine.profile
+        if wanted is None or wanted.start + wanted.steps <= steps:
+            return ""
+        return (
+            f"start={wanted.start} and steps={wanted.steps} end outside of the run, which has {steps} steps; their sum "
+            "must be no more"
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Plain values of every field, as written to config.yaml."""

@@ -24,6 +24,7 @@ from engine.engines import PeerEngine
 from engine.objectives import PeerLoss, Views, peer_losses, start_gather
 from engine.optimizers import set_learning_rate
 from engine.placement import Exchange, Placement
+from engine.profile import part
 from kernels import GatheredViews
 
 WARM_UP = 3  # steps before the capture: libraries load, and optimizers make their state
@@ -50,23 +51,28 @@ class Step:
 
     def forward(self, views: list[Tensor]) -> Losses:
         """The losses of the batch; `views`: [n, 3, S, S] each, two a peer that this rank trains, or two for all."""
-        made = self.each(lambda engine: self._embed(engine, views))
+        with part("forward"):
+            made = self.each(lambda engine: self._embed(engine, views))
         if self._exchange is not None:
             ((own, _),) = made
-            made.insert(1 - self.engines[0].index, (self._exchange(*own), None))
+            with part("communication"):
+                made.insert(1 - self.engines[0].index, (self._exchange(*own), None))
         embeddings, gathered = [views for views, _ in made], [under_way for _, under_way in made]
-        losses = peer_losses(self.cfg, embeddings, self.group, gathered)
-        finite = torch.stack([loss.loss.detach().isfinite() for loss in losses]).all()
+        with part("loss"):
+            losses = peer_losses(self.cfg, embeddings, self.group, gathered)
+            finite = torch.stack([loss.loss.detach().isfinite() for loss in losses]).all()
         return Losses(embeddings, losses, finite)
 
     def backward(self, losses: Losses) -> None:
         """The gradients of each peer that this rank trains."""
-        self.each(lambda engine: engine.backward(losses.losses[engine.index].loss))
+        with part("backward"):
+            self.each(lambda engine: engine.backward(losses.losses[engine.index].loss))
 
     def optimize(self, rates: Sequence[float]) -> None:
         """One optimizer step of each of them; `rates`: the learning rates of all peers."""
-        self.set_rates(rates)
-        self.update()
+        with part("optimizer"):
+            self.set_rates(rates)
+            self.update()
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Sets the learning rates, those of all peers given."""
@@ -133,15 +139,17 @@ class CapturedStep:
         if not self._graphs:
             with self._aside():
                 return self._from_views(views)
-        if self._make_views is None:
-            torch._foreach_copy_(self._inputs, views)
-        self._graphs[0].replay()
+        with part("forward"):
+            if self._make_views is None:
+                torch._foreach_copy_(self._inputs, views)
+            self._graphs[0].replay()
         return self._captured
 
     def backward(self, losses: Losses) -> None:
         """The gradients of each peer."""
         if self._graphs:
-            self._graphs[1].replay()
+            with part("backward"):
+                self._graphs[1].replay()
             return
         with self._aside():
             self._step.backward(losses)
@@ -149,8 +157,9 @@ class CapturedStep:
     def optimize(self, rates: Sequence[float]) -> None:
         """One optimizer step of each peer, at its learning rate."""
         if self._graphs:
-            self._step.set_rates(rates)
-            self._graphs[2].replay()
+            with part("optimizer"):
+                self._step.set_rates(rates)
+                self._graphs[2].replay()
             return
         with self._aside():
             self._step.optimize(rates)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumed = trainer.resume_point
         if first:
             lines = [*describe_scaling(cfg), *describe_placement(cfg, trainer.placement)]
-            lines += describe_capture(cfg, ranks)
+            lines += [*describe_capture(cfg, ranks), *trainer.profiler.notes]
             print("".join(f"{line}\n" for line in lines), end="", flush=True)
         summary = trainer.fit()
     except (ConfigError, DataError, CheckpointError, NonFiniteLoss) as error:
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"this run was finished already: raise run.steps to go on, or remove {cfg.run.output_dir}")
         print(describe_summary(summary))
         print(f"run folder: {cfg.run.output_dir}")
+        if trainer.profiler.summary is not None:
+            print(f"profile: {trainer.profiler.summary}")
     return 0
 
 

@@ -35,7 +35,8 @@ from engine.objectives import PeerLoss, Views
 from engine.optimizers import learning_rate
 from engine.placement import place
 from engine.probe import KnnProbe
-from engine.step import CapturedStep, Finite, Step, build_step, captures
+from engine.profile import OUTSIDE, StepProfiler, part
+from engine.step import WARM_UP, CapturedStep, Finite, Step, build_step, captures
 
 MAX_AUTO_WORKERS = 8
 LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader, "resident": ResidentLoader}
@@ -72,6 +73,10 @@ class Trainer:
         self.engines = everyone_does(ranks, lambda: build_engines(cfg, self.placement, self.size))
         everyone_does(ranks, self._open_data)
         everyone_does(ranks, self._check_same_data)
+        first = self.resume_point[1].step if self.resume_point else 0
+        self.profiler = StepProfiler(
+            cfg, ranks, first=first, steps=self.steps, captured=first + WARM_UP if self.captured else None
+        )
         self.step = self._build_step()
         self.meters = Meters()
 
@@ -141,7 +146,8 @@ class Trainer:
             with progress_bar("training", enabled=self.ranks.is_first) as bar:
                 task = bar.add_task("", total=self.steps, completed=start, rate="", note="")
                 self.start_clock(start)
-                for batch in self.loader.batches(start, self.steps):
+                batches = self.loader.batches(start, self.steps)
+                for batch in self.profiler.over(batches, first=start, clock=self.training):
                     note = self.train(batch)
                     bar.update(task, completed=batch.step + 1, **note)
         finally:
@@ -205,11 +211,12 @@ class Trainer:
         evaluate, save = due(self.cfg.eval.knn.every_steps), due(self.cfg.run.save_every_steps)
         if evaluate or save:
             self.training.stop()
-            # In this order: a run cut between the two repeats the evaluation instead of missing it.
-            if evaluate:
-                self._evaluate(done)
-            if save:
-                self._save(done)
+            with part(OUTSIDE):
+                # In this order: a run cut between the two repeats the evaluation instead of missing it.
+                if evaluate:
+                    self._evaluate(done)
+                if save:
+                    self._save(done)
             if not last:
                 self.training.start()
         return note
