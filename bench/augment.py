@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Call, Failure, guarded
-from bench.reference import PREFETCH, cores
+from bench.reference_data import PREFETCH, cores
 from bench.rows import RESULTS, Environment, Row, append_rows, environment, make_row
 from engine.config import AugmentConfig
 from engine.data.augment import AugmentPolicy, ViewParams, build_policy, draw_views

@@ -9,15 +9,17 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from bench import augment, data_stream, optimizer
 from bench.providers import BACKWARD
 from bench.rows import RESULTS, ROOT, Row, read_rows
-from bench.step_providers import PROVIDERS
+from bench.step_providers import PLAIN, PROVIDERS, REFERENCES
 
 README = ROOT / "README.md"
+SMALL = {"size": 32, "data": "real", "ranks": 1}  # cases of the tables of small images
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -27,9 +29,8 @@ def newest_run(path: Path) -> list[Row]:
     return [row for row in rows if (row.commit, row.date, row.command) == _run(rows[-1])]
 
 
-def newest(path: Path, **fields: object) -> list[Row]:
-    """Of rows with these fields, those of the last run that measured their case: a ratio is taken within one run."""
-    rows = [row for row in read_rows(path) if all(getattr(row, name) == value for name, value in fields.items())]
+def newest(rows: list[Row]) -> list[Row]:
+    """Those of the last run that measured their case: a ratio is taken within one run."""
     last = {_case(row): _run(row) for row in rows}
     return [row for row in rows if _run(row) == last[_case(row)]]
 
@@ -133,23 +134,38 @@ def data_cpu() -> str:
 
 
 def step(device: str) -> str:
-    """Source images a second of whole steps, captured or not, against plain PyTorch."""
-    rows = [row for row in newest(RESULTS / device / "step.jsonl", metric="images_per_s") if "pair" in row.case]
+    """Source images a second of whole steps of small images on one rank, against plain PyTorch."""
+    chosen = [row for row in step_rows(device) if SMALL.items() <= row.case.items()]
+    rows = newest([row for row in chosen if row.metric == "images_per_s"])
     providers = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
+    others = [name for name in providers if name in REFERENCES]
     lines = []
     for pair, batch in dict.fromkeys((row.case["pair"], row.case["batch"]) for row in rows):
-        rates = [_p50(rows, name, "images_per_s", pair=pair, batch=batch) for name in providers]
+        rates = {name: _p50(rows, name, "images_per_s", pair=pair, batch=batch) for name in providers}
         lines.append([
-            f"`{pair}`", f"{batch:,}", *("-" if rate is None else _digits(rate) for rate in rates),
-            _times(rates[0], rates[-1]),
+            f"`{pair}`", f"{batch:,}", *("-" if rate is None else _digits(rate) for rate in rates.values()),
+            *(_times(rates[providers[0]], rates[other]) for other in others),
         ])  # fmt: skip
-    header = ["pair", "batch", *(f"`{name}`" for name in providers), f"`{providers[0]}` over `{providers[-1]}`"]
-    return markdown(header, lines) + _sources(rows)
+    over = [f"`{providers[0]}` over `{other}`" for other in others]
+    return markdown(["pair", "batch", *(f"`{name}`" for name in providers), *over], lines) + _sources(rows)
+
+
+def step_rows(device: str) -> list[Row]:
+    """Rows of whole steps in today's terms: those from before synthetic data and ranks say neither."""
+    return [
+        replace(
+            row,
+            case={"data": "real", "ranks": 1, **row.case},
+            provider=PLAIN if row.provider == "reference" else row.provider,
+        )
+        for row in read_rows(RESULTS / device / "step.jsonl")
+        if "pair" in row.case
+    ]
 
 
 def augment_h200() -> str:
     """All views of a batch on a GPU: a launch in a graph, the copy that is its limit, and others' calls."""
-    rows = newest(RESULTS / "h200" / "augment.jsonl")
+    rows = newest(read_rows(RESULTS / "h200" / "augment.jsonl"))
     lines = []
     for size, batch in dict.fromkeys((row.case["size"], row.case["batch"]) for row in rows):
         case = {"size": size, "batch": batch}
@@ -180,7 +196,7 @@ def augment_loaders(device: str) -> str:
 
 def loss_h200() -> str:
     """Forward and backward of both peers at D = 128 on a GPU, as a CUDA graph where both were captured."""
-    rows = newest(RESULTS / "h200" / "loss.jsonl")
+    rows = newest(read_rows(RESULTS / "h200" / "loss.jsonl"))
     lines = []
     for M in sorted({row.case["M"] for row in rows}):
         cell = {"M": M, "D": 128}
@@ -201,7 +217,7 @@ def loss_h200() -> str:
 
 def optimizer_h200() -> str:
     """One LARS step on a GPU, in a CUDA graph and called from Python."""
-    rows = newest(RESULTS / "h200" / "optimizer.jsonl")
+    rows = newest(read_rows(RESULTS / "h200" / "optimizer.jsonl"))
     names = ("native", "torch", "sgd", "adamw", optimizer.COPY)
     lines = []
     for model, mode in dict.fromkeys((row.case["model"], row.case["mode"]) for row in rows):

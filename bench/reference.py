@@ -1,135 +1,174 @@
 """DoGo as a competent engineer writes it in an afternoon: the yardstick of `python -m bench step`.
 
-Plain PyTorch and torchvision: transforms of each sample in a DataLoader with a process a core, bf16 autocast on a GPU,
-channels_last, losses from whole similarity matrices, torch.optim.Adam, each peer its own backward pass and step.  Of
-this project it takes the configuration and the networks (engine.config, engine.peers) and nothing else, so that only
-the training differs.  What is drawn is what the engine draws, from torchvision's own random numbers.
+Plain PyTorch: a DataLoader (bench/reference_data.py), networks (bench/reference_networks.py), DistributedDataParallel
+where several ranks run, bf16 autocast on a GPU, channels_last, losses from whole similarity matrices, Adam, each peer
+its own backward pass and step.  Nothing of this project is used but a run's configuration as plain values
+(config.yaml), so that a mistake in the engine cannot be in here too.  What is drawn is what the engine draws, from
+torchvision's own random numbers.
 
-The transforms take PIL images, which go through them faster than tensors do, and normalise in the workers, where the
-tutorials do it.
+Two settings.  plain: eager, and torch.optim.Adam as it comes.  tuned: torch.compile of each peer, the fused optimizer
+and, on a GPU, augmentation there, with one set of parameters a batch.
+
+With several ranks the batch is global: embeddings are gathered with their gradient, each rank takes the losses of its
+own rows, and the mean over ranks, which DistributedDataParallel takes of the gradients, is that of the batch.
+`engine.sync_bn` is torch's SyncBatchNorm, which wants a GPU: on CPUs each rank has its own statistics.
 
 Legend
-  N  images of a batch      S  side of a view in pixels      D  embedding width
+  N  images of the batch      n  of this rank      S  side of a view in pixels      D  embedding width
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
-from engine.config import Config, PeerConfig
-from engine.peers import build_peer
+from bench import reference_data
+from bench.reference_data import Source
+from bench.reference_networks import build_peer
 
-VIEWS = 4  # of an image, two a peer
-PREFETCH = 2  # batches that each worker has ready, as torch's own default
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # of CIFAR-10's channels
+# -- losses ----------------------------------------------------------------------------------------------------------
 
 
-class Views(Dataset):
-    """Image i of uint8 [n, H, W, 3] as VIEWS random views, each [3, S, S]: SimCLR's, without the blur."""
+class Embedded(NamedTuple):
+    """Normalised embeddings of one peer's two views."""
 
-    def __init__(self, images: np.ndarray, size: int) -> None:
-        self.images = images
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(size),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ])  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> list[Tensor]:
-        image = Image.fromarray(self.images[i])
-        return [self.transform(image) for _ in range(VIEWS)]
+    x: Tensor  # [n, D]
+    y: Tensor
+    every_x: Tensor  # [N, D] of all ranks
+    every_y: Tensor
+    first: int  # row of every_x where x begins
 
 
-def ntxent(x: Tensor, y: Tensor, tau: float) -> Tensor:
-    """NT-Xent of normalised embeddings [N, D]: cross-entropy over the 2N x 2N similarities, the diagonal left out."""
-    z = torch.cat((x, y))
-    n = len(x)
-    similarity = z @ z.T / tau
-    similarity.fill_diagonal_(float("-inf"))
-    return F.cross_entropy(similarity, torch.arange(2 * n, device=z.device).roll(n))
+def embedded(x: Tensor, y: Tensor, group: dist.ProcessGroup | None = None) -> Embedded:
+    """Embeddings [n, D], raw, normalised and gathered from all ranks with their gradient."""
+    x, y = F.normalize(x.float()), F.normalize(y.float())
+    if group is None:
+        return Embedded(x, y, x, y, 0)
+    every = torch.cat(differentiable.all_gather(torch.stack((x, y), dim=1), group))
+    return Embedded(x, y, every[:, 0], every[:, 1], dist.get_rank(group) * len(x))
 
 
-def similarity_kl(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], tau: float, reduction: str) -> Tensor:
-    """KL(other || own) of the softmax over the N x N similarities of x with y; the other peer gets no gradient."""
-    log_own, log_other = ((x @ y.T / tau).log_softmax(dim=1) for x, y in (own, other))
+def ntxent(z: Embedded, tau: float) -> Tensor:
+    """NT-Xent of this rank's rows: cross-entropy over the 2n x 2N similarities, those with themselves left out."""
+    n, N = len(z.x), len(z.every_x)
+    similarity = torch.cat((z.x, z.y)) @ torch.cat((z.every_x, z.every_y)).T / tau
+    own = torch.arange(z.first, z.first + n, device=similarity.device)
+    own = torch.cat((own, own + N))
+    similarity.scatter_(1, own[:, None], float("-inf"))
+    return F.cross_entropy(similarity, own.roll(n))
+
+
+def similarity_kl(own: Embedded, other: Embedded, tau: float, reduction: str) -> Tensor:
+    """KL(other || own) of the softmax over this rank's n x N similarities of x with y; the other gets no gradient."""
+    log_own, log_other = ((z.x @ z.every_y.T / tau).log_softmax(dim=1) for z in (own, other))
     total = F.kl_div(log_own, log_other.detach(), log_target=True, reduction="sum")
     return total / (len(log_own) if reduction == "batchmean" else log_own.numel())
 
 
+# -- training --------------------------------------------------------------------------------------------------------
+
+
 class Reference:
-    """Two peers and their optimizers.
+    """Two peers and their optimizers; `cfg` holds the plain values of a configuration, `group` all ranks, None alone.
 
     Raises ValueError: a configuration of another method than the one that is written here.
     """
 
-    def __init__(self, cfg: Config, device: torch.device, *, size: int = 32) -> None:
-        if cfg.distill is None or cfg.data.views != "per_peer":
-            raise ValueError("the reference trains two peers, each on its own two views")
-        self.cfg, self.distill, self.device, self.size = cfg, cfg.distill, device, size
-        self.bf16 = cfg.engine.precision == "bf16" or (cfg.engine.precision == "auto" and device.type == "cuda")
-        self.peers = [build_peer(peer, image_size=size).to(device) for peer in cfg.peers]
-        for peer in self.peers:
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        device: torch.device,
+        *,
+        size: int,  # S
+        tuned: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _refuse_other_methods(cfg)
+        ranks = 1 if group is None else dist.get_world_size(group)
+        batch = cfg["data"]["batch_size"]
+        if batch % ranks:
+            raise ValueError(f"data.batch_size: {batch} does not divide by {ranks} ranks")
+        self.device, self.size, self.tuned, self.group, self.rows = device, size, tuned, group, batch // ranks
+        gpu = device.type == "cuda"
+        self.bf16 = cfg["engine"]["precision"] == "bf16" or (cfg["engine"]["precision"] == "auto" and gpu)
+        self.taus = [peer["tau"] for peer in cfg["peers"]]
+        self.distill = cfg["distill"]
+        weight = self.distill["weight"]
+        self.weights = weight if isinstance(weight, list | tuple) else [weight, weight]
+        self.peers: list[nn.Module] = []
+        for of in cfg["peers"]:
+            peer: nn.Module = build_peer(of, size=size).to(device)
             peer.to(memory_format=torch.channels_last)
-        self.optimizers = [_adam(peer, of) for peer, of in zip(self.peers, cfg.peers, strict=True)]
+            if group is not None and gpu and cfg["engine"]["sync_bn"]:
+                peer = nn.SyncBatchNorm.convert_sync_batchnorm(peer, group)
+            self.peers.append(peer)
+        self.run = [self._to_run(peer) for peer in self.peers]
+        self.optimizers = [
+            torch.optim.Adam(
+                peer.parameters(), of["optimizer"]["lr"], betas=tuple(of["optimizer"]["betas"]),
+                weight_decay=of["optimizer"]["weight_decay"], fused=tuned or None,
+            )
+            for peer, of in zip(self.peers, cfg["peers"], strict=True)
+        ]  # fmt: skip
+
+    def _to_run(self, peer: nn.Module) -> Any:
+        if self.group is not None:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            peer = DistributedDataParallel(peer, device_ids=devices, process_group=self.group)
+        return torch.compile(peer) if self.tuned else peer
 
     def step(self, views: list[Tensor]) -> list[Tensor]:
-        """Trains on VIEWS views [N, 3, S, S] of each image, the first two of peer a; the loss of each peer."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            embedded = [self.peers[0](*views[:2]), self.peers[1](*views[2:])]
-        a, b = ((F.normalize(x.float()), F.normalize(y.float())) for x, y in embedded)
-        losses = []
-        for own, other, peer, weight in zip((a, b), (b, a), self.cfg.peers, self.distill.weights, strict=True):
-            kl = similarity_kl(own, other, self.distill.tau, self.distill.reduction)
-            losses.append(ntxent(*own, peer.tau) + weight * kl)
+        """Trains on four views [n, 3, S, S] of each image, the first two of peer a; the loss of each peer.
+
+        Losses are those of this rank's rows, whose mean over ranks is that of the batch.
+        """
+        with record_function("step/forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            raw = [peer(*views[2 * p : 2 * p + 2]) for p, peer in enumerate(self.run)]
+        with record_function("step/loss"):
+            a, b = (embedded(x, y, self.group) for x, y in raw)
+            losses = [
+                ntxent(own, tau) + weight * similarity_kl(own, other, self.distill["tau"], self.distill["reduction"])
+                for own, other, tau, weight in zip((a, b), (b, a), self.taus, self.weights, strict=True)
+            ]
         for loss, optimizer in zip(losses, self.optimizers, strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            with record_function("step/backward"):
+                optimizer.zero_grad()
+                loss.backward()
+            with record_function("step/optimizer"):
+                optimizer.step()
         return [loss.detach() for loss in losses]
 
-    def batches(self, images: np.ndarray, *, workers: int) -> Generator[list[Tensor]]:
-        """The views of endless epochs over images uint8 [n, H, W, 3], on the device; `close` ends its processes.
+    def batches(self, source: Source, *, workers: int) -> Generator[list[Tensor]]:
+        """The views of endless epochs over images uint8 [n, H, W, 3] or image files; `close` ends its processes.
 
         Raises ValueError: fewer images than a batch.
         """
-        if len(images) < self.cfg.data.batch_size:
-            raise ValueError(f"{len(images)} images are fewer than a batch of {self.cfg.data.batch_size}")
-        loader = DataLoader(
-            Views(images, self.size), batch_size=self.cfg.data.batch_size, shuffle=True, drop_last=True,
-            num_workers=workers, persistent_workers=workers > 0, prefetch_factor=PREFETCH if workers else None,
-            pin_memory=self.device.type == "cuda",
+        return reference_data.batches(
+            source, size=self.size, rows=self.rows, workers=workers, device=self.device,
+            on_device=self.tuned and self.device.type == "cuda", group=self.group,
         )  # fmt: skip
-        while True:
-            for views in loader:
-                yield [self._sent(view) for view in views]
 
-    def _sent(self, view: Tensor) -> Tensor:
-        return view.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+    def same_views(self) -> Generator[list[Tensor]]:
+        """The same random views in every batch, ready on the device: what is left of a step without its loader."""
+        return reference_data.same_views(size=self.size, rows=self.rows, device=self.device)
 
 
-def _adam(peer: torch.nn.Module, cfg: PeerConfig) -> torch.optim.Adam:
-    of = cfg.optimizer
-    if of.name != "adam" or of.schedule != "constant" or of.lr_scaling != "none" or of.warmup_epochs:
-        raise ValueError(f"the reference has adam at a constant rate, found {of.name}")
-    return torch.optim.Adam(peer.parameters(), of.lr, betas=of.betas, weight_decay=of.weight_decay)
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _refuse_other_methods(cfg: Mapping[str, Any]) -> None:
+    if cfg["distill"] is None or cfg["data"]["views"] != "per_peer":
+        raise ValueError("the reference trains two peers, each on its own two views")
+    augment = {key: value for key, value in cfg["data"]["augment"].items() if value is not None}
+    if augment != {"preset": "simclr"}:
+        raise ValueError(f"data.augment: the reference has simclr without changes, found {augment}")
+    for peer in cfg["peers"]:
+        of = peer["optimizer"]
+        constant = of["schedule"] == "constant" and of["lr_scaling"] == "none" and not of["warmup_epochs"]
+        if of["name"] != "adam" or not constant or of["exclude_bias_and_norm"]:
+            raise ValueError(f"the reference has adam of all parameters at a constant rate, found {of}")

@@ -2,7 +2,7 @@
 
 A step is everything that a run does for a batch: views of images on disk, both networks forward, the losses, both
 backward passes, both optimizers, meters and what is logged every so many steps; no evaluation, no checkpoints.
-`captured`, `engine` and `torchvision-loader` are this project's trainer, `reference` is bench/reference.py.
+`captured`, `engine` and `torchvision-loader` are this project's trainer, `plain` and `tuned` bench/reference.py.
 
 Providers take turns, a slice of time each.  Loaders work ahead, so that one which waits for its turn has batches ready
 that cost its slice nothing: these are dropped first.  Worker processes started at the same time then deliver at the
@@ -27,9 +27,9 @@ from rich.table import Table
 
 from bench import harness
 from bench.harness import Failure, guarded
-from bench.reference import VIEWS
+from bench.reference_data import VIEWS
 from bench.rows import RESULTS, ROOT, Environment, Row, Stats, append_rows, environment, make_row
-from bench.step_providers import PRESETS, PROVIDERS, REFERENCE, SIZE, Case, Training, configuration, training
+from bench.step_providers import PLAIN, PRESETS, PROVIDERS, SIZE, Case, Training, configuration, training
 from engine import distributed
 from engine.data.catalog import open_dataset
 from engine.data.dataset import ArrayDataset, DataError
@@ -167,7 +167,7 @@ def rows_of(case: Case, found: dict[str, Turns], env: Environment, precision: st
 
 # -- the command -----------------------------------------------------------------------------------------------------
 
-COLUMNS = ("pair", "batch", "provider", "images/s", "p20 - p80", "vs reference", "MiB", f"{EPOCHS} epochs, min")
+COLUMNS = ("pair", "batch", "provider", "images/s", "p20 - p80", "vs plain", "MiB", f"{EPOCHS} epochs, min")
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
@@ -177,7 +177,7 @@ def cells(rows: list[Row]) -> list[list[str]]:
     for (pair, batch, name, metric), row in found.items():
         if metric != "images_per_s":
             continue
-        plain, held = found.get((pair, batch, REFERENCE, metric)), found.get((pair, batch, name, "bytes"))
+        plain, held = found.get((pair, batch, PLAIN, metric)), found.get((pair, batch, name, "bytes"))
         lines.append([
             pair, str(batch), name, f"{row.p50:,.0f}", f"{row.p20:,.0f} - {row.p80:,.0f}",
             "-" if plain is None else f"{row.p50 / plain.p50:.2f}x",
@@ -259,7 +259,7 @@ def collect(options: argparse.Namespace, ranks: Ranks, env: Environment) -> tupl
     for case in (Case(options.preset, pair, batch) for pair in options.pairs for batch in options.batches):
         found = measure(case, options.providers, options.array, ranks, rounds=options.rounds, seconds=options.seconds)
         missing += [f"{case.pair}, batch {case.batch}: {name}" for name in options.providers if name not in found]
-        precision = precision_of(configuration(case, REFERENCE, Path("unused")), ranks.device)
+        precision = precision_of(configuration(case, PLAIN, Path("unused")), ranks.device)
         rows = rows_of(case, found, env, precision)
         measured += rows
         if not options.no_write:

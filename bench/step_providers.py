@@ -1,4 +1,4 @@
-"""Who takes part in `python -m bench step`: the engine in three settings, and the plain reference."""
+"""Who takes part in `python -m bench step`: the engine in three settings, the plain reference in two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from bench.reference import PREFETCH, Reference, cores
+from bench.reference import Reference
+from bench.reference_data import PREFETCH, cores
 from bench.rows import ROOT
 from engine.config import Config, load_config
 from engine.data.dataset import ArrayDataset
@@ -22,8 +23,9 @@ from engine.distributed import Ranks
 from engine.trainer import MAX_AUTO_WORKERS, Trainer
 
 SIZE = 32
-CAPTURED, ENGINE, TORCHVISION, REFERENCE = "captured", "engine", "torchvision-loader", "reference"
-PROVIDERS = (CAPTURED, ENGINE, TORCHVISION, REFERENCE)
+CAPTURED, ENGINE, TORCHVISION = "captured", "engine", "torchvision-loader"
+PLAIN, TUNED = REFERENCES = "plain", "tuned"
+PROVIDERS = (CAPTURED, ENGINE, TORCHVISION, *REFERENCES)
 MOST_STEPS = 20_000  # of a run; none gets there
 
 
@@ -91,10 +93,10 @@ class Training:
 def training(case: Case, provider: str, images: np.ndarray, ranks: Ranks, folder: Path) -> Training:
     """A provider, ready for its first step."""
     cfg = configuration(case, provider, folder)
-    if provider != REFERENCE:
+    if provider not in REFERENCES:
         return _of_trainer(cfg, images, ranks)
     torch.manual_seed(cfg.run.seed)
-    reference, workers = Reference(cfg, ranks.device, size=SIZE), cores()
+    reference, workers = Reference(cfg.resolved(), ranks.device, size=SIZE, tuned=provider == TUNED), cores()
     batches = reference.batches(images, workers=workers)
     return Training(batches, reference.step, ahead=PREFETCH * workers, together=workers, close=batches.close)
 

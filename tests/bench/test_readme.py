@@ -35,6 +35,38 @@ def test_ratios_are_of_one_run(tmp_path, monkeypatch):
     assert "commit new" in lines[-1]
 
 
+def test_rows_of_steps_from_before_are_read_in_todays_terms(tmp_path, monkeypatch):
+    """`reference` was the name of `plain`; what no table of small images has are photos, ready views, several ranks."""
+    old = json.loads((RESULTS / "h200" / "step.jsonl").read_text().splitlines()[0])
+    case = {"pair": "a+b", "batch": 8, "size": 32, "views": 4, "precision": "bf16"}
+    new = {**case, "data": "real", "ranks": 1}
+    made = [
+        {**old, "case": of, "provider": name, "metric": metric, "p50": value, "commit": commit}
+        for commit, of, name, metric, value in (
+            ("first", case, "captured", "images_per_s", 800.0),
+            ("first", case, "reference", "images_per_s", 100.0),
+            ("second", new, "captured", "images_per_s", 900.0),
+            ("second", new, "captured", "mfu", 0.5),
+            ("second", new, "plain", "images_per_s", 300.0),
+            ("second", new, "tuned", "images_per_s", 600.0),
+            ("second", {**new, "data": "synthetic"}, "plain", "images_per_s", 1.0),
+            ("second", {**new, "size": 224}, "plain", "images_per_s", 2.0),
+            ("second", {**new, "ranks": 2}, "plain", "images_per_s", 3.0),
+        )
+    ]
+    (tmp_path / "h200").mkdir()
+    file = tmp_path / "h200" / "step.jsonl"
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+
+    def table(rows) -> list[str]:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [line for line in readme.step("h200").splitlines() if line.startswith("|")]
+
+    assert table(made[:2])[0] == "| pair | batch | `captured` | `plain` | `captured` over `plain` |"
+    assert table(made[:2])[2:] == ["| `a+b` | 8 | 800 | 100 | 8.0x |"]
+    assert table(made)[2:] == ["| `a+b` | 8 | 900 | 300 | 600 | 3.0x | 1.5x |"], "the newer run alone"
+
+
 def test_an_unknown_table_is_an_error():
     with pytest.raises(KeyError, match="nothing"):
         readme.filled("<!-- table nothing -->\n<!-- end -->")

@@ -14,7 +14,7 @@ import torch
 
 from bench import step, step_providers
 from bench.rows import ROW_KEYS, Stats, environment, make_row
-from bench.step_providers import CAPTURED, ENGINE, REFERENCE, TORCHVISION, Case, Training
+from bench.step_providers import CAPTURED, ENGINE, PLAIN, TORCHVISION, TUNED, Case, Training
 from engine.distributed import Ranks
 from ranks import run_ranks
 
@@ -78,8 +78,8 @@ def test_what_lies_ready_is_dropped_and_whole_rounds_are_counted(monkeypatch):
 
 def test_providers_that_fail_are_named_and_the_others_stay(monkeypatch, capsys):
     late, good = Fake(fails_at=20), Fake()
-    found = measured(monkeypatch, captured=ValueError("no GPU"), engine=late, reference=good)
-    assert list(found) == [REFERENCE] and len(found[REFERENCE].rates) == 3
+    found = measured(monkeypatch, captured=ValueError("no GPU"), engine=late, plain=good)
+    assert list(found) == [PLAIN] and len(found[PLAIN].rates) == 3
     assert capsys.readouterr().out.splitlines() == [
         f"{PAIR}, batch 16: captured: left out: ValueError: no GPU",
         f"{PAIR}, batch 16: engine: left out: RuntimeError: a loss of its own",
@@ -145,11 +145,11 @@ def test_the_table_compares_with_the_reference_and_tells_the_time_of_a_run():
     def rate(name: str, value: float) -> Any:
         return make_row(env, "step", case, name, "images_per_s", Stats(0.9 * value, value, 1.1 * value, 5), None)
 
-    rows = [rate(CAPTURED, 20_000), rate(REFERENCE, 5_000)]
+    rows = [rate(CAPTURED, 20_000), rate(PLAIN, 5_000)]
     rows.append(make_row(env, "step", case, CAPTURED, "bytes", Stats(held, held, held, 5), None))
     assert step.cells(rows) == [
         [PAIR, "256", CAPTURED, "20,000", "18,000 - 22,000", "4.00x", "3", "8.3"],
-        [PAIR, "256", REFERENCE, "5,000", "4,500 - 5,500", "1.00x", "-", "-"],
+        [PAIR, "256", PLAIN, "5,000", "4,500 - 5,500", "1.00x", "-", "-"],
     ]
     assert step.cells(rows[:1])[0][5] == "-"
 
@@ -176,10 +176,10 @@ def test_defaults(noise):
         return options.preset, list(options.pairs), list(options.batches), options.providers
 
     cifar = ["wrn-16-2+wrn-16-2", "wrn-16-2+resnet50", "resnet18+resnet18"]
-    assert chosen([], "cuda") == ("cifar", cifar, [256, 1024], [CAPTURED, ENGINE, TORCHVISION, REFERENCE])
-    assert chosen(["--quick"], "cuda") == ("cifar", cifar[:1], [256], [CAPTURED, ENGINE, TORCHVISION, REFERENCE])
-    assert chosen([], "cpu") == ("quickstart", [PAIR], [128], [ENGINE, TORCHVISION, REFERENCE])
-    assert chosen(["--quick", "--batches", "8,32", "--providers", "reference"], "cpu")[2:] == ([8, 32], [REFERENCE])
+    assert chosen([], "cuda") == ("cifar", cifar, [256, 1024], [CAPTURED, ENGINE, TORCHVISION, PLAIN, TUNED])
+    assert chosen(["--quick"], "cuda") == ("cifar", cifar[:1], [256], [CAPTURED, ENGINE, TORCHVISION, PLAIN, TUNED])
+    assert chosen([], "cpu") == ("quickstart", [PAIR], [128], [ENGINE, TORCHVISION, PLAIN, TUNED])
+    assert chosen(["--quick", "--batches", "8,32", "--providers", "plain"], "cpu")[2:] == ([8, 32], [PLAIN])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_defaults(noise):
         (["--preset", "cifar", "--pairs", PAIR], "allowed: wrn-16-2+wrn-16-2, wrn-16-2+resnet50, resnet18+resnet18"),
         (
             ["--providers", "engine,dali"],
-            "--providers: 'dali' is unknown; allowed: captured, engine, torchvision-loader, reference",
+            "--providers: 'dali' is unknown; allowed: captured, engine, torchvision-loader, plain, tuned",
         ),
         (["--batches", "16,x"], "--batches: '16,x': integers from 2 with commas between them are expected"),
         (["--images", "/nowhere.npy"], "--images: /nowhere.npy: no array can be read"),
@@ -228,7 +228,7 @@ def test_the_command_measures_whole_steps(noise, tmp_path):
     argv = ["--images", str(noise), "--batches", "16", "--seconds", "0.3", "--quick"]
     status, printed, left = run_ranks(command, 1, [*argv, "--no-write"], tmp_path)[0]
     assert (status, left) == (0, 0)
-    for name in (ENGINE, TORCHVISION, REFERENCE):
+    for name in (ENGINE, TORCHVISION, PLAIN, TUNED):
         assert f"│ {PAIR} │ 16    │ {name:18} │" in printed
     assert "1.00x" in printed
     assert not list(tmp_path.iterdir())
@@ -238,17 +238,17 @@ def test_the_command_measures_whole_steps(noise, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU captures nothing")
 def test_the_command_writes_rows_of_those_that_ran(noise, tmp_path):
     argv = ["--images", str(noise), "--batches", "16,65", "--seconds", "0.3", "--quick"]
-    argv += ["--providers", "captured,engine,reference"]
+    argv += ["--providers", "captured,engine,plain"]
     status, printed, left = run_ranks(command, 1, argv, tmp_path)[0]
     assert (status, left) == (1, 0)
     assert f"{PAIR}, batch 16: captured: left out: ConfigError: engine.capture: a CUDA graph needs a GPU" in printed
     assert f"{PAIR}, batch 65: engine: left out: DataError: data.batch_size: 65 is more than the 64 read" in printed
-    assert f"{PAIR}, batch 65: reference: left out: ValueError: 64 images are fewer than a batch of 65" in printed
+    assert f"{PAIR}, batch 65: plain: left out: ValueError: 64 images are fewer than a batch of 65" in printed
     assert f"bench: {PAIR}, batch 16: captured gave no number" in printed
     rows = [json.loads(line) for line in (tmp_path / "cpu" / "step.jsonl").read_text().splitlines()]
     assert all(tuple(row) == ROW_KEYS for row in rows)
     assert [(row["subject"], row["provider"], row["metric"], row["n"]) for row in rows] == [
-        ("step", ENGINE, "images_per_s", step.QUICK_ROUNDS), ("step", REFERENCE, "images_per_s", step.QUICK_ROUNDS),
+        ("step", ENGINE, "images_per_s", step.QUICK_ROUNDS), ("step", PLAIN, "images_per_s", step.QUICK_ROUNDS),
     ]  # fmt: skip
     assert rows[0]["case"] == {"pair": PAIR, "batch": 16, "size": 32, "views": 4, "precision": "fp32"}
     assert rows[0]["floor"] is None and 0 < rows[0]["p20"] <= rows[0]["p50"] <= rows[0]["p80"]
