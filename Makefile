@@ -46,7 +46,7 @@ bench: setup  ## the microbenchmarks that this machine can run; PHOTOS=FOLDER fo
 	$(BIN)/python -m bench step
 
 # GPU tests first: what they find comes before any number.
-gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=FOLDER for the loaders too
+gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=FOLDER for photos too
 	$(BIN)/python -m pytest tests/kernels tests/engine tests/bench -m gpu
 	$(BIN)/python -m pytest tests/kernels -m 'not gpu and not slow'
 	$(BIN)/python -m bench loss --quick
@@ -54,6 +54,7 @@ gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=
 	$(BIN)/python -m bench augment --quick
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS) --quick)
 	$(BIN)/python -m bench step --quick
+	$(if $(PHOTOS),$(BIN)/python -m bench step --quick --preset photos --root $(PHOTOS))
 
 format: setup  ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .

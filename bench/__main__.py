@@ -11,7 +11,7 @@ SUBJECTS = {
     "augment": "all views of a batch against kornia, torchvision and a copy; and the loaders of small images",
     "data": "source images a second of the loaders, on real photos",
     "parity": "the kNN that short runs reach with either loader",
-    "step": "source images a second of a whole DoGo step, loader included, against plain PyTorch",
+    "step": "source images a second of a whole DoGo step, with its loader and without, against plain PyTorch",
     "optimizer": "one LARS step over a network's tensors against other ways to write it, and fused SGD and AdamW",
     "readme": "the tables of the README from the measured rows",
     "budgets": "registers, spills, shared memory and instructions of the kernels, without a GPU",

@@ -123,7 +123,7 @@ class Reference:
         if self.group is not None:
             devices = [self.device.index] if self.device.type == "cuda" else None
             peer = DistributedDataParallel(peer, device_ids=devices, process_group=self.group)
-        return torch.compile(peer) if self.tuned else peer
+        return torch.compile(peer, dynamic=False) if self.tuned else peer
 
     def step(self, views: list[Tensor]) -> list[Tensor]:
         """Trains on four views [n, 3, S, S] of each image, the first two of peer a; the loss of each peer.

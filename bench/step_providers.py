@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
-import numpy as np
 import torch
 
 from bench.reference import Reference
-from bench.reference_data import PREFETCH, cores
+from bench.reference_data import PREFETCH
 from bench.rows import ROOT
+from bench.step_data import READY_LOADER, REAL, Images, trained_on
 from engine.config import Config, load_config
-from engine.data.dataset import ArrayDataset
-from engine.data.resident_loader import AHEAD
+from engine.data import dali_loader, resident_loader
 from engine.data.torch_loader import CHUNK
-from engine.distributed import Ranks
+from engine.distributed import Ranks, cores_per_rank
 from engine.trainer import MAX_AUTO_WORKERS, Trainer
 
-SIZE = 32
 CAPTURED, ENGINE, TORCHVISION = "captured", "engine", "torchvision-loader"
 PLAIN, TUNED = REFERENCES = "plain", "tuned"
 PROVIDERS = (CAPTURED, ENGINE, TORCHVISION, *REFERENCES)
 MOST_STEPS = 20_000  # of a run; none gets there
+
+# Batches that may lie ready, those that DALI itself holds included.
+AHEAD = {"resident": resident_loader.AHEAD, "dali": dali_loader.AHEAD + 2}
 
 
 class Preset(NamedTuple):
@@ -35,34 +36,65 @@ class Preset(NamedTuple):
     config: str  # in configs/; networks, batch, loader and length are replaced
     pairs: tuple[str, ...]
     batches: tuple[int, ...]
+    size: int  # side of a view in pixels
+    loader: str  # of the engine
+    changes: tuple[str, ...] = ()  # of the configuration
 
 
+# The reference has one optimizer.
+ADAM = tuple(
+    f"peers.{i}.optimizer.{change}"
+    for i in range(2)
+    for change in ("name=adam", "schedule=constant", "warmup_epochs=0", "exclude_bias_and_norm=null")
+)
+_FOLDER = "folder_r18_r50.yaml"
 PRESETS = {
     "cifar": Preset(
-        "cifar10_wrn16_wrn16.yaml", ("wrn-16-2+wrn-16-2", "wrn-16-2+resnet50", "resnet18+resnet18"), (256, 1024)
+        "cifar10_wrn16_wrn16.yaml", ("wrn-16-2+wrn-16-2", "wrn-16-2+resnet50", "resnet18+resnet18"), (256, 1024),
+        size=32, loader="resident",
     ),
-    "quickstart": Preset("quickstart.yaml", ("wrn-10-1+wrn-10-1",), (128,)),
-}
+    "photos": Preset(
+        _FOLDER, ("resnet18+resnet18", "resnet18+resnet50", "resnet50+resnet50"), (256,),
+        size=224, loader="dali", changes=ADAM,
+    ),
+    "quickstart": Preset("quickstart.yaml", ("wrn-10-1+wrn-10-1",), (128,), size=32, loader="resident"),
+    "photos-cpu": Preset(_FOLDER, ("resnet18+resnet18",), (16,), size=224, loader="dali", changes=ADAM),
+}  # fmt: skip
 
 
 class Case(NamedTuple):
-    """One pair of networks at one batch size."""
+    """One pair of networks at one batch size (of all ranks), on real or on synthetic data."""
 
     preset: str
     pair: str
     batch: int
+    data: str = REAL
+
+    @property
+    def size(self) -> int:
+        """Side of a view in pixels."""
+        return PRESETS[self.preset].size
+
+    def __str__(self) -> str:
+        return f"{self.pair}, batch {self.batch}, {self.data}"
 
 
 def configuration(case: Case, provider: str, folder: Path) -> Config:
     """The preset's configuration with the case's networks and the provider's loader and step."""
-    a, b = case.pair.split("+")
-    loader = "torchvision" if provider == TORCHVISION else "resident"
+    preset, (a, b) = PRESETS[case.preset], case.pair.split("+")
+    loader = "torchvision" if provider == TORCHVISION else preset.loader
     changes = [
         f"run.output_dir={folder}", "run.epochs=null", f"run.steps={MOST_STEPS}", "run.save_every_steps=null",
-        "run.resume=never", "eval.knn.every_steps=null", f"data.batch_size={case.batch}", f"data.loader={loader}",
+        "run.resume=never", "eval.knn.every_steps=null", f"data.batch_size={case.batch}",
+        f"data.image_size={preset.size}", f"data.loader={loader if case.data == REAL else READY_LOADER}",
         f"engine.capture={str(provider == CAPTURED).lower()}", f"peers.0.backbone={a}", f"peers.1.backbone={b}",
     ]  # fmt: skip
-    return load_config(ROOT / "configs" / PRESETS[case.preset].config, changes)
+    return load_config(ROOT / "configs" / preset.config, [*changes, *preset.changes])
+
+
+def takes_part(provider: str, data: str) -> bool:
+    """Whether a provider differs from the others on this data: without a loader no loader's name means anything."""
+    return data == REAL or provider != TORCHVISION
 
 
 # -- providers -------------------------------------------------------------------------------------------------------
@@ -90,20 +122,44 @@ class Training:
             self.step()
 
 
-def training(case: Case, provider: str, images: np.ndarray, ranks: Ranks, folder: Path) -> Training:
-    """A provider, ready for its first step."""
+def training(case: Case, provider: str, images: Images | None, ranks: Ranks, folder: Path) -> Training:
+    """A provider, ready for its first step; `images` None: on views that lie ready."""
     cfg = configuration(case, provider, folder)
-    if provider not in REFERENCES:
-        return _of_trainer(cfg, images, ranks)
+    if provider in REFERENCES:
+        return _of_reference(cfg, images, ranks, size=case.size, tuned=provider == TUNED)
+    return _of_trainer(cfg, images, ranks)
+
+
+def _of_reference(cfg: Config, images: Images | None, ranks: Ranks, *, size: int, tuned: bool) -> Training:
     torch.manual_seed(cfg.run.seed)
-    reference, workers = Reference(cfg.resolved(), ranks.device, size=SIZE, tuned=provider == TUNED), cores()
-    batches = reference.batches(images, workers=workers)
-    return Training(batches, reference.step, ahead=PREFETCH * workers, together=workers, close=batches.close)
+    reference = Reference(cfg.resolved(), ranks.device, size=size, tuned=tuned, group=ranks.group)
+    workers = 0 if images is None else cores_per_rank()
+    made = reference.same_views() if images is None else reference.batches(images.source, workers=workers)
+
+    def close() -> None:
+        made.close()
+        if tuned:
+            torch.compiler.reset()  # it compiles a function for a few networks, and then runs others eagerly
+
+    return Training(_begun(made), reference.step, ahead=PREFETCH * workers, together=max(1, workers), close=close)
 
 
-def _of_trainer(cfg: Config, images: np.ndarray, ranks: Ranks) -> Training:
+def _begun(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, their workers forked: those must not collect a DALI pipeline that they inherit.
+
+    See engine/data/torch_loader.py.
+    """
+    gc.freeze()
+    try:
+        first = next(batches)
+    finally:
+        gc.unfreeze()
+    return itertools.chain((first,), batches)
+
+
+def _of_trainer(cfg: Config, images: Images | None, ranks: Ranks) -> Training:
     """What `Trainer.fit` does between its first evaluation and its end."""
-    with _trained_on(images):
+    with trained_on(images, cfg.data.batch_size):
         trainer = Trainer(cfg, ranks)
     trainer.start_clock(trainer.begin())
     batches = trainer.loader.batches(0, trainer.steps)
@@ -112,19 +168,11 @@ def _of_trainer(cfg: Config, images: np.ndarray, ranks: Ranks) -> Training:
         batches.close()
         trainer.recorder.close()
 
-    ahead, together = AHEAD, 1
-    if cfg.data.loader == "torchvision":
-        chunks = min(cores(), MAX_AUTO_WORKERS)  # at a time
-        together, ahead = (-(-n * chunks * CHUNK // cfg.data.batch_size) for n in (1, PREFETCH))
+    ahead, together = 0, 1
+    if images is not None and cfg.data.loader == "torchvision":
+        workers = min(cores_per_rank(), MAX_AUTO_WORKERS)
+        a_batch = -(-trainer.order.rows // CHUNK)  # chunks, each made by one worker
+        together, ahead = (-(-n * workers // a_batch) for n in (1, PREFETCH))
+    elif images is not None:
+        ahead = AHEAD[cfg.data.loader]
     return Training(batches, trainer.train, ahead, together, close)
-
-
-@contextmanager
-def _trained_on(images: np.ndarray) -> Iterator[None]:
-    """Trainers that are built meanwhile take these images, and have none to evaluate with."""
-
-    def opened(_: object, split: str) -> ArrayDataset | None:
-        return ArrayDataset("images", images, None) if split == "train" else None
-
-    with patch("engine.trainer.open_split", opened), patch("engine.probe.open_split", opened):
-        yield

@@ -105,7 +105,7 @@ def test_it_trains_as_the_engine_does_when_tuned():
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two ranks want two GPUs")
 def test_two_ranks_train_as_the_engine_does():
-    found = run_ranks(side_by_side, 2, 1, [False])
+    found = run_ranks(side_by_side, 2, 1, [False, True])
     check_same(found)
     losses = np.array(found)[:, :, 1]
     assert not np.allclose(losses[0], losses[1], rtol=1e-3), "each rank has the loss of its own rows"
