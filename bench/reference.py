@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +34,23 @@ from bench.reference_data import Source
 from bench.reference_networks import build_peer
 
 # -- losses ----------------------------------------------------------------------------------------------------------
+
+
+class Gathered(torch.autograd.Function):
+    """Rows [n, ...] of every rank as [N, ...]; the gradients of all ranks go back to the rank that a row is of."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.n = group, len(rows)
+        every = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, rows, group)
+        return torch.cat(every)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total.split(ctx.n)[dist.get_rank(ctx.group)], None
 
 
 class Embedded(NamedTuple):
@@ -52,7 +68,7 @@ def embedded(x: Tensor, y: Tensor, group: dist.ProcessGroup | None = None) -> Em
     x, y = F.normalize(x.float()), F.normalize(y.float())
     if group is None:
         return Embedded(x, y, x, y, 0)
-    every = torch.cat(differentiable.all_gather(torch.stack((x, y), dim=1), group))
+    every = Gathered.apply(torch.stack((x, y), dim=1), group)
     return Embedded(x, y, every[:, 0], every[:, 1], dist.get_rank(group) * len(x))
 
 
