@@ -1,4 +1,4 @@
-"""`python -m bench readme`: writes the tables of the README from the newest run of each subject in bench/results.
+"""`python -m bench readme`: the README's tables and pictures from the newest run of each subject in bench/results.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is typed there is overwritten.
 """
@@ -13,13 +13,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bench import augment, data_stream, optimizer
+from bench import augment, data_stream, optimizer, step_report
 from bench.providers import BACKWARD
 from bench.rows import RESULTS, ROOT, Row, read_rows
 from bench.step_providers import PLAIN, PROVIDERS, REFERENCES
 
 README = ROOT / "README.md"
-SMALL = {"size": 32, "data": "real", "ranks": 1}  # cases of the tables of small images
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -133,34 +132,46 @@ def data_cpu() -> str:
     return markdown(header, lines) + _source(rows)
 
 
-def step(device: str) -> str:
-    """Source images a second of whole steps of small images on one rank, against plain PyTorch."""
-    chosen = [row for row in step_rows(device) if SMALL.items() <= row.case.items()]
-    rows = newest([row for row in chosen if row.metric == "images_per_s"])
+def step(device: str, *, size: int = 32, ranks: int = 1) -> str:
+    """Source images a second of whole steps, against plain PyTorch."""
+    rows = newest(step_rows(device, "images_per_s", size=size, ranks=ranks))
     providers = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
     others = [name for name in providers if name in REFERENCES]
     lines = []
-    for pair, batch in dict.fromkeys((row.case["pair"], row.case["batch"]) for row in rows):
-        rates = {name: _p50(rows, name, "images_per_s", pair=pair, batch=batch) for name in providers}
+    for pair, batch, data in dict.fromkeys((row.case["pair"], row.case["batch"], row.case["data"]) for row in rows):
+        rates = {name: _p50(rows, name, "images_per_s", pair=pair, batch=batch, data=data) for name in providers}
         lines.append([
-            f"`{pair}`", f"{batch:,}", *("-" if rate is None else _digits(rate) for rate in rates.values()),
+            f"`{pair}`", f"{batch:,}", data, *("-" if rate is None else _digits(rate) for rate in rates.values()),
             *(_times(rates[providers[0]], rates[other]) for other in others),
         ])  # fmt: skip
     over = [f"`{providers[0]}` over `{other}`" for other in others]
-    return markdown(["pair", "batch", *(f"`{name}`" for name in providers), *over], lines) + _sources(rows)
+    return markdown(["pair", "batch", "data", *(f"`{name}`" for name in providers), *over], lines) + _sources(rows)
 
 
-def step_rows(device: str) -> list[Row]:
+def parts(device: str) -> str:
+    """Where a step of small images on one rank goes, under the profiler."""
+    rows = newest_parts(device)
+    lines = [[f"`{pair}`", *rest[:2], f"`{rest[2]}`", *rest[3:]] for pair, *rest in step_report.part_cells(rows)]
+    return markdown([*step_report.PART_COLUMNS], lines) + _sources(rows)
+
+
+def newest_parts(device: str) -> list[Row]:
+    """Milliseconds of the parts of a step of small images on one rank."""
+    return newest(step_rows(device, "ms", size=32, ranks=1))
+
+
+def step_rows(device: str, metric: str, **where: object) -> list[Row]:
     """Rows of whole steps in today's terms: those from before synthetic data and ranks say neither."""
-    return [
+    rows = [
         replace(
             row,
             case={"data": "real", "ranks": 1, **row.case},
             provider=PLAIN if row.provider == "reference" else row.provider,
         )
         for row in read_rows(RESULTS / device / "step.jsonl")
-        if "pair" in row.case
+        if "pair" in row.case and row.metric == metric
     ]
+    return [row for row in rows if where.items() <= row.case.items()]
 
 
 def augment_h200() -> str:
@@ -238,7 +249,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "loaders_h200": partial(augment_loaders, "h200"),
     "step_cpu": partial(step, "cpu"),
     "step_h200": partial(step, "h200"),
+    "photos_cpu": partial(step, "cpu", size=224),
+    "ranks_cpu": partial(step, "cpu", ranks=2),
+    "parts_cpu": partial(parts, "cpu"),
 }
+PICTURES = ("cpu",)  # devices whose steps have parts on record
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -250,7 +265,11 @@ def filled(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Writes README.md."""
+    """Writes README.md and the pictures of where steps go."""
     argparse.ArgumentParser("python -m bench readme", description=__doc__.splitlines()[0]).parse_args(argv)
     README.write_text(filled(README.read_text()))
+    for device in PICTURES:
+        rows = newest_parts(device)
+        title = f"Where a step goes, {rows[-1].device_name}, under the profiler"
+        step_report.draw(rows, title, RESULTS / device / "step.png")
     return 0

@@ -2,7 +2,10 @@
 
 A step is everything that a run does for a batch: views of images on disk, both networks forward, the losses, both
 backward passes, both optimizers, meters and what is logged every so many steps; no evaluation, no checkpoints.
-`captured`, `engine` and `torchvision-loader` are this project's trainer, `plain` and `tuned` bench/reference.py.
+`plain` and `tuned` are bench/reference.py, all others this project's trainer: `engine` with one peer behind the other,
+`streams`, `split`, `compiled` and `captured` with that setting, `torchvision-loader` with that loader.
+
+Behind the turns some steps run under torch's profiler, which tells what share of a step each of its parts takes.
 
 Each case is measured on real images and on synthetic ones, views that lie ready: the difference is what the loader
 costs.  All providers take turns (bench/step_turns.py).  Under a launcher the batch is that of all ranks:
@@ -18,15 +21,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench import harness
 from bench.flops import flops_per_image, peak_flops
 from bench.reference_data import VIEWS
 from bench.rows import RESULTS, ROOT, Environment, Row, Stats, append_rows, environment, make_row
 from bench.step_data import KINDS, REAL, Images, photos, small_images
-from bench.step_providers import CAPTURED, PLAIN, PRESETS, PROVIDERS, Case, configuration, takes_part
+from bench.step_providers import (
+    PLAIN,
+    PRESETS,
+    PROVIDERS,
+    Case,
+    available,
+    configuration,
+    takes_part,
+)
+from bench.step_report import SMALL_PX, show
 from bench.step_turns import Turns, measure
 from engine import distributed
 from engine.distributed import Ranks
@@ -34,8 +44,6 @@ from engine.engines import precision_of
 
 ROUNDS, QUICK_ROUNDS = 5, 3
 SECONDS, QUICK_SECONDS = 7.5, 3.0  # of a provider in one case, all its slices together
-SMALL_PX = 32
-EPOCHS, EPOCH_IMAGES = 200, 50_000  # of the run on CIFAR-10 whose time is told
 
 # -- rows ------------------------------------------------------------------------------------------------------------
 
@@ -61,41 +69,12 @@ def rows_of(
             rows.append(make_row(env, "step", cell, name, "mfu", Stats(p20, p50, p80, rate.n), None))
         if peak := turns.memory.peak:
             rows.append(make_row(env, "step", cell, name, "bytes", Stats(peak, peak, peak, rate.n), None))
+        if turns.parts is not None:
+            for part, share in turns.parts.shares.items():
+                ms = share * turns.parts.ms_per_step
+                stats = Stats(ms, ms, ms, turns.parts.steps)  # the mean of so many steps
+                rows.append(make_row(env, "step", {**cell, "part": part}, name, "ms", stats, None))
     return rows
-
-
-COLUMNS = (
-    "pair", "batch", "data", "provider", "images/s", "p20 - p80", "views/s", f"vs {PLAIN}", "MFU", "MiB",
-    f"{EPOCHS} epochs, min",
-)  # fmt: skip
-
-
-def cells(rows: list[Row]) -> list[list[str]]:
-    """The rows as COLUMNS have them; the last is what so many epochs of CIFAR-10 take at this rate, on a GPU."""
-    found = {(row.case["pair"], row.case["batch"], row.case["data"], row.provider, row.metric): row for row in rows}
-    lines = []
-    for (*case, name, metric), row in found.items():
-        if metric != "images_per_s":
-            continue
-        pair, batch, data = case
-        plain, mfu, held = (
-            found.get((pair, batch, data, *other)) for other in ((PLAIN, metric), (name, "mfu"), (name, "bytes"))
-        )
-        cifar = held is not None and data == REAL and row.case["size"] == SMALL_PX
-        lines.append([
-            pair, str(batch), data, name, _digits(row.p50), f"{_digits(row.p20)} - {_digits(row.p80)}",
-            _digits(row.p50 * row.case["views"]),
-            "-" if plain is None else f"{row.p50 / plain.p50:.2f}x",
-            "-" if mfu is None else f"{mfu.p50:.1%}",
-            "-" if held is None else f"{held.p50 / 2**20:,.0f}",
-            f"{EPOCHS * EPOCH_IMAGES / row.p50 / 60:.1f}" if cifar else "-",
-        ])  # fmt: skip
-    return lines
-
-
-def _digits(rate: float) -> str:
-    """Three digits, or all that stand before the point."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -125,10 +104,9 @@ def parse(argv: list[str], device: str, ranks: int = 1) -> argparse.Namespace:
     parser.add_argument("--no-write", action="store_true", help="no rows")
     options = parser.parse_args(argv)
     preset, first = PRESETS[options.preset], slice(1 if options.quick else None)
-    own = [name for name in PROVIDERS if name != CAPTURED or (device == "cuda" and ranks == 1)]
     try:
         options.pairs = _chosen(options.pairs, "--pairs", preset.pairs, preset.pairs[first])
-        options.providers = _chosen(options.providers, "--providers", PROVIDERS, own)
+        options.providers = _chosen(options.providers, "--providers", PROVIDERS, available(device, ranks))
         options.data = _chosen(options.data, "--data", KINDS, KINDS[first])
         options.batches = _batches(options.batches) or preset.batches[first]
         options.images = _images(options, preset.size) if REAL in options.data else None
@@ -213,15 +191,7 @@ def main(argv: list[str]) -> int:
     finally:
         distributed.stop()
     if ranks.is_first:
-        _print(measured, missing, env, ranks.world)
+        show(measured, env, ranks.world)
+        for which in missing:
+            print(f"bench: {which} gave no number")
     return 1 if missing else 0
-
-
-def _print(rows: list[Row], missing: list[str], env: Environment, world: int) -> None:
-    where = f"{env.device_name}, {world} ranks" if world > 1 else env.device_name
-    table = Table(*COLUMNS, title=f"whole steps on {where}", title_justify="left")
-    for line in cells(rows):
-        table.add_row(*line)
-    Console(width=170).print(table)
-    for which in missing:
-        print(f"bench: {which} gave no number")

@@ -1,4 +1,4 @@
-"""Who takes part in `python -m bench step`: the engine in three settings, the plain reference in two."""
+"""Who takes part in `python -m bench step`: the engine in several settings, the plain reference in two."""
 
 from __future__ import annotations
 
@@ -19,11 +19,24 @@ from engine.config import Config, load_config
 from engine.data import dali_loader, resident_loader
 from engine.data.torch_loader import CHUNK
 from engine.distributed import Ranks, cores_per_rank
+from engine.profile import WHOLE, part
 from engine.trainer import MAX_AUTO_WORKERS, Trainer
 
-CAPTURED, ENGINE, TORCHVISION = "captured", "engine", "torchvision-loader"
+CAPTURED, BOTH, ENGINE, STREAMS, SPLIT, COMPILED, TORCHVISION = OURS = (
+    "captured", "captured+compiled", "engine", "streams", "split", "compiled", "torchvision-loader",
+)  # fmt: skip
 PLAIN, TUNED = REFERENCES = "plain", "tuned"
-PROVIDERS = (CAPTURED, ENGINE, TORCHVISION, *REFERENCES)
+PROVIDERS = (*OURS, *REFERENCES)
+# The engine's settings; a reference takes those of `engine`, which it does not read.
+SETTINGS = {
+    CAPTURED: {"capture": "true"},
+    BOTH: {"capture": "true", "compile": "true"},
+    STREAMS: {"concurrency": "streams"},
+    SPLIT: {"concurrency": "split"},
+    COMPILED: {"compile": "true"},
+}
+BASE = {"capture": "false", "compile": "false", "concurrency": "serial"}
+CONCURRENT = (CAPTURED, ENGINE, STREAMS, SPLIT)  # the same work, the peers' in another order or place
 MOST_STEPS = 20_000  # of a run; none gets there
 
 # Batches that may lie ready, those that DALI itself holds included.
@@ -87,14 +100,25 @@ def configuration(case: Case, provider: str, folder: Path) -> Config:
         f"run.output_dir={folder}", "run.epochs=null", f"run.steps={MOST_STEPS}", "run.save_every_steps=null",
         "run.resume=never", "eval.knn.every_steps=null", f"data.batch_size={case.batch}",
         f"data.image_size={preset.size}", f"data.loader={loader if case.data == REAL else READY_LOADER}",
-        f"engine.capture={str(provider == CAPTURED).lower()}", f"peers.0.backbone={a}", f"peers.1.backbone={b}",
+        f"peers.0.backbone={a}", f"peers.1.backbone={b}",
     ]  # fmt: skip
+    settings = {**BASE, **SETTINGS.get(provider, {})}
+    if "capture" in SETTINGS.get(provider, {}):
+        settings["concurrency"] = "auto"
+    changes += [f"engine.{key}={value}" for key, value in settings.items()]
     return load_config(ROOT / "configs" / preset.config, [*changes, *preset.changes])
 
 
 def takes_part(provider: str, data: str) -> bool:
     """Whether a provider differs from the others on this data: without a loader no loader's name means anything."""
     return data == REAL or provider != TORCHVISION
+
+
+def available(device: str, ranks: int) -> list[str]:
+    """The providers that such a machine has: graphs and streams take a GPU, graphs one alone, split two ranks."""
+    lacking = {SPLIT} if ranks == 1 else {CAPTURED, BOTH}
+    lacking |= {CAPTURED, BOTH, STREAMS} if device != "cuda" else set()
+    return [name for name in PROVIDERS if name not in lacking]
 
 
 # -- providers -------------------------------------------------------------------------------------------------------
@@ -112,7 +136,10 @@ class Training:
 
     def step(self) -> None:
         """One whole step."""
-        self.train(next(self.batches))
+        with part(WHOLE):
+            with part("data"):
+                batch = next(self.batches)
+            self.train(batch)
 
     def drop_what_lies_ready(self) -> None:
         """Of the pause; then a round with training, so that the clock starts in the middle of things."""

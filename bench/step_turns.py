@@ -28,9 +28,11 @@ from bench.step_data import Images
 from bench.step_providers import Case, Training, training
 from engine import distributed
 from engine.distributed import Ranks
+from engine.profile import Breakdown, profiled
 
 # Steps: libraries load, networks are compiled, optimizers make their state; on a GPU graphs are captured and replayed.
 WARM_UP = {"cuda": 6, "cpu": 2}
+PROFILED = 4  # steps at least
 IDLE_S, MOST_IDLE_S = 0.1, 30.0
 
 T = TypeVar("T")
@@ -63,6 +65,7 @@ class Turns:
     def __init__(self, build: Callable[[], Training], batch: int, ranks: Ranks, *, seconds: float) -> None:
         self.batch, self.ranks, self.memory = batch, ranks, Memory(ranks.device)
         self.rates: list[float] = []  # source images a second, of each turn
+        self.parts: Breakdown | None = None  # of steps behind the turns
         with self.memory.watched():
             self.training = distributed.everyone_does(ranks, build)
             try:
@@ -87,6 +90,14 @@ class Turns:
             self.training.drop_what_lies_ready()
             self.rates.append(self.steps * self.batch / self._seconds(self.steps))
         wait_for_workers()
+
+    def profile(self) -> Breakdown:
+        """Where steps go, by torch's profiler, which makes them slower: whole rounds, on every rank at once."""
+        self.training.drop_what_lies_ready()
+        rounds = -(-PROFILED // self.training.together)
+        found = profiled(self.training.step, rounds * self.training.together, self.ranks.device)
+        wait_for_workers()
+        return found
 
     def run(self, steps: int) -> None:
         """Trains; the clock is the caller's affair."""
@@ -168,6 +179,12 @@ def measure(
                     _report(case, name, taken, ranks)
                     running.pop(name).training.close()
                     harness.release_memory()
+            for name in [*running]:
+                parts = attempted(running[name].profile, ranks)
+                if isinstance(parts, Failure):
+                    _report(case, f"{name}: its parts", parts, ranks)
+                else:
+                    running[name].parts = parts
             distributed.barrier(ranks)  # the folder is every rank's
         finally:
             for turns in running.values():

@@ -112,13 +112,13 @@ def _part_of(mark: str) -> str:
     return mark if mark in PARTS else OTHER
 
 
-def breakdown(trace: Mapping[str, Any], *, top: int = 15) -> Breakdown:
+def breakdown(trace: Mapping[str, Any], *, top: int = 15, skip: int = 0) -> Breakdown:
     """The steps marked in a Chrome trace, by parts, with the `top` busiest kernels or operators.
 
-    Raises ValueError: the trace has no marked step.
+    The first `skip` steps are left out.  Raises ValueError: the trace has no such step.
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    marked = sorted((event for event in events if _mark(event) == WHOLE), key=_start)
+    marked = sorted((event for event in events if _mark(event) == WHOLE), key=_start)[skip:]
     if not marked:
         raise ValueError(f"the trace holds no event {PREFIX}{WHOLE}")
     thread = (marked[0]["pid"], marked[0]["tid"])

@@ -13,12 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bench import step, step_providers
+from bench import step, step_providers, step_report
 from bench.flops import peak_flops
 from bench.reference import Reference
 from bench.rows import ROW_KEYS, Stats, environment, make_row
-from bench.step_providers import CAPTURED, ENGINE, PLAIN, TORCHVISION, TUNED, Case
+from bench.step_providers import (
+    BOTH,
+    CAPTURED,
+    COMPILED,
+    ENGINE,
+    PLAIN,
+    SPLIT,
+    STREAMS,
+    TORCHVISION,
+    TUNED,
+    Case,
+)
 from ranks import run_ranks
 
 PAIR = "wrn-10-1+wrn-10-1"
@@ -47,20 +59,20 @@ def test_the_table_compares_with_the_reference_and_tells_the_time_of_a_run():
     rows.append(make_row(env, "step", case, CAPTURED, "bytes", Stats(held, held, held, 5), None))
     rows.append(make_row(env, "step", case, CAPTURED, "mfu", Stats(0.2, 0.25, 0.3, 5), None))
     ready = replace(rows[0], case={**case, "data": "synthetic"}, p50=40_000)
-    assert step.cells([*rows, ready]) == [
+    assert step_report.cells([*rows, ready]) == [
         [PAIR, "256", "real", CAPTURED, "20,000", "18,000 - 22,000", "80,000", "4.00x", "25.0%", "3", "8.3"],
         [PAIR, "256", "real", PLAIN, "5,000", "4,500 - 5,500", "20,000", "1.00x", "-", "-", "-"],
         [PAIR, "256", "synthetic", CAPTURED, "40,000", "18,000 - 22,000", "160,000", "-", "-", "-", "-"],
     ], "compared with plain on the same data"
     photos = [replace(row, case={**case, "size": 224}) for row in rows]
     photos.append(replace(photos[1], provider=TUNED, p50=9.876))
-    assert step.cells(photos)[2][4] == "9.88" and step.cells(photos)[2][6] == "39.5"
-    assert [line[-1] for line in step.cells(photos[:-1])] == ["-", "-"], "CIFAR-10 alone has epochs of 50,000"
+    assert step_report.cells(photos)[2][4] == "9.88" and step_report.cells(photos)[2][6] == "39.5"
+    assert [line[-1] for line in step_report.cells(photos[:-1])] == ["-", "-"], "CIFAR-10 alone has epochs of 50,000"
 
 
 def test_rows_of_a_case():
     env = replace(environment(["step"]), device_name="NVIDIA H200")
-    turns = SimpleNamespace(rates=[80.0, 100.0, 120.0], memory=SimpleNamespace(peak=7))
+    turns = SimpleNamespace(rates=[80.0, 100.0, 120.0], memory=SimpleNamespace(peak=7), parts=None)
     case = Case("photos", "resnet18+resnet18", 256, "synthetic")
 
     def rows(**more: Any) -> dict[str, Any]:
@@ -81,6 +93,46 @@ def test_rows_of_a_case():
     assert "bytes" not in rows()
 
 
+def test_rows_of_the_parts_of_a_step():
+    parts = SimpleNamespace(shares={"forward": 0.25, "backward": 0.75}, ms_per_step=8.0, steps=4)
+    turns = SimpleNamespace(rates=[80.0], memory=SimpleNamespace(peak=0), parts=parts)
+    found = step.rows_of(
+        Case("quickstart", PAIR, 16), {ENGINE: turns}, environment(["step"]), precision="fp32", flops=1, ranks=1
+    )
+    assert [(row.metric, row.case.get("part"), row.p50, row.n) for row in found[1:]] == [
+        ("ms", "forward", 2.0, 4), ("ms", "backward", 6.0, 4),
+    ]  # fmt: skip
+    (line,) = step_report.part_cells(found)
+    cells = dict(zip(step_report.PART_COLUMNS, line, strict=True))
+    assert (cells["ms"], cells["forward"], cells["backward"], cells["loss"]) == ("8", "25.0%", "75.0%", "-")
+
+
+def test_the_fastest_way_to_run_both_peers():
+    env = environment(["step"])
+
+    def row(name: str, rate: float, data: str = "real") -> Any:
+        case = {"pair": "a+b", "batch": 8, "data": data}
+        return make_row(env, "step", case, name, "images_per_s", Stats(rate, rate, rate, 3), None)
+
+    rows = [row(ENGINE, 100), row(SPLIT, 120), row(COMPILED, 200), row(PLAIN, 50), row(ENGINE, 90, "synthetic")]
+    assert step_report.fastest(rows) == ["a+b, batch 8, real: fastest of engine, split: split, 1.20x of engine"], (
+        "of the same work alone, and where there is a choice"
+    )
+
+
+def test_a_picture_of_the_parts(tmp_path):
+    env = environment(["step"])
+    case = {"pair": PAIR, "batch": 8, "data": "real"}
+    rows = [
+        make_row(env, "step", {**case, "part": part}, name, "ms", Stats(1, ms, 1, 3), None)
+        for name in (ENGINE, PLAIN)
+        for part, ms in (("forward", 2.0), ("backward", 5.0), ("other", 1.0))
+    ]  # fmt: skip
+    step_report.draw(rows, "Where a step goes", tmp_path / "step.png")
+    with Image.open(tmp_path / "step.png") as picture:
+        assert picture.size[0] == 1100 and len(set(picture.convert("RGB").resize((64, 64)).getdata())) > 8
+
+
 @pytest.mark.parametrize("name", step_providers.PRESETS)
 def test_configurations_are_those_of_the_presets(name, tmp_path):
     preset = step_providers.PRESETS[name]
@@ -90,7 +142,10 @@ def test_configurations_are_those_of_the_presets(name, tmp_path):
             assert "+".join(peer.backbone for peer in cfg.peers) == pair
             assert cfg.data.batch_size == 256 and cfg.run.steps == step_providers.MOST_STEPS
             assert cfg.run.save_every_steps is cfg.eval.knn.every_steps is None
-            assert cfg.engine.capture == (provider == CAPTURED)
+            assert cfg.engine.capture == (provider in (CAPTURED, BOTH))
+            assert cfg.engine.compile == (provider in (COMPILED, BOTH))
+            streams = {STREAMS: "streams", SPLIT: "split", CAPTURED: "auto", BOTH: "auto"}
+            assert cfg.engine.concurrency == streams.get(provider, "serial")
             assert cfg.data.image_size == preset.size
             assert cfg.data.loader == ("torchvision" if provider == TORCHVISION else preset.loader)
             ready = step_providers.configuration(Case(name, pair, 256, "synthetic"), provider, tmp_path)
@@ -132,11 +187,14 @@ def test_defaults(noise):
     assert step.parse(["--images", str(noise)], "cpu").data == both
     assert step.parse(["--images", str(noise), "--quick"], "cpu").data == both[:1]
     assert step.parse(["--quick", "--data", "synthetic"], "cpu").images is None, "no images are looked for"
-    assert step.parse(["--images", str(noise)], "cuda", 2).providers == [ENGINE, TORCHVISION, PLAIN, TUNED]
+    of_gpus = [ENGINE, STREAMS, SPLIT, COMPILED, TORCHVISION, PLAIN, TUNED]
+    assert step.parse(["--images", str(noise)], "cuda", 2).providers == of_gpus
+    assert step.parse(["--images", str(noise)], "cpu", 2).providers == [name for name in of_gpus if name != STREAMS]
+    of_one = [name for name in step_providers.PROVIDERS if name != SPLIT]
     cifar = ["wrn-16-2+wrn-16-2", "wrn-16-2+resnet50", "resnet18+resnet18"]
-    assert chosen([], "cuda") == ("cifar", cifar, [256, 1024], [CAPTURED, ENGINE, TORCHVISION, PLAIN, TUNED])
-    assert chosen(["--quick"], "cuda") == ("cifar", cifar[:1], [256], [CAPTURED, ENGINE, TORCHVISION, PLAIN, TUNED])
-    assert chosen([], "cpu") == ("quickstart", [PAIR], [128], [ENGINE, TORCHVISION, PLAIN, TUNED])
+    assert chosen([], "cuda") == ("cifar", cifar, [256, 1024], of_one)
+    assert chosen(["--quick"], "cuda") == ("cifar", cifar[:1], [256], of_one)
+    assert chosen([], "cpu") == ("quickstart", [PAIR], [128], [ENGINE, COMPILED, TORCHVISION, PLAIN, TUNED])
     assert chosen(["--quick", "--batches", "8,32", "--providers", "plain"], "cpu")[2:] == ([8, 32], [PLAIN])
 
 
@@ -148,7 +206,8 @@ def test_defaults(noise):
         (["--preset", "cifar", "--pairs", PAIR], "allowed: wrn-16-2+wrn-16-2, wrn-16-2+resnet50, resnet18+resnet18"),
         (
             ["--providers", "engine,dali"],
-            "--providers: 'dali' is unknown; allowed: captured, engine, torchvision-loader, plain, tuned",
+            "--providers: 'dali' is unknown; allowed: captured, captured+compiled, engine, streams, split, compiled, "
+            "torchvision-loader, plain, tuned",
         ),
         (["--batches", "16,x"], "--batches: '16,x': integers from 2 with commas between them are expected"),
         (["--data", "fake"], "argument --data: 'fake' is unknown; allowed: real, synthetic"),
@@ -191,10 +250,10 @@ def test_the_command_measures_whole_steps(noise, tmp_path):
     status, printed, left = run_ranks(command, 1, [*argv, "--no-write"], tmp_path)[0]
     assert (status, left) == (0, 0)
     assert f"{PAIR}, batch 16, real: 0.30 GFLOP a source image" in printed
-    for name in (ENGINE, TORCHVISION, PLAIN, TUNED):
+    for name in (ENGINE, COMPILED, TORCHVISION, PLAIN, TUNED):
         for data in ("real", "synthetic"):
-            found = f"│ {PAIR} │ 16    │ {data:9} │ {name:18} │" in printed
-            assert found == step_providers.takes_part(name, data)
+            found = printed.count(f"│ {PAIR} │ 16    │ {data:9} │ {name:18} │")
+            assert found == 2 * step_providers.takes_part(name, data), "once with its rate, once with its parts"
     assert "1.00x" in printed
     assert not list(tmp_path.iterdir())
 
@@ -216,9 +275,12 @@ def test_the_command_writes_rows_of_those_that_ran(noise, tmp_path):
     assert f"bench: {PAIR}, batch 16, real: captured gave no number" in printed
     rows = [json.loads(line) for line in (tmp_path / "cpu" / "step.jsonl").read_text().splitlines()]
     assert all(tuple(row) == ROW_KEYS for row in rows)
-    assert [(row["subject"], row["provider"], row["metric"], row["n"]) for row in rows] == [
-        ("step", ENGINE, "images_per_s", step.QUICK_ROUNDS), ("step", PLAIN, "images_per_s", step.QUICK_ROUNDS),
+    assert [(row["subject"], row["provider"], row["n"]) for row in rows if row["metric"] == "images_per_s"] == [
+        ("step", ENGINE, step.QUICK_ROUNDS), ("step", PLAIN, step.QUICK_ROUNDS),
     ]  # fmt: skip
+    for name in (ENGINE, PLAIN):
+        ms = {row["case"]["part"]: row["p50"] for row in rows if (row["provider"], row["metric"]) == (name, "ms")}
+        assert ms["backward"] > ms["optimizer"] > 0 and ms["forward"] > 0 < ms["data"]
     assert rows[0]["case"] == {
         "pair": PAIR, "batch": 16, "size": 32, "views": 4, "precision": "fp32", "data": "real", "ranks": 1,
     }  # fmt: skip
@@ -230,14 +292,19 @@ def test_the_command_writes_rows_of_those_that_ran(noise, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo; on GPUs it wants two")
 def test_two_ranks_measure_together(noise, tmp_path):
     argv = ["--images", str(noise), "--batches", "16", "--seconds", "0.3", "--quick", "--data", "real,synthetic"]
+    argv += ["--providers", "engine,split,torchvision-loader,plain"]
     (status, printed, left), (other, silence, left_there) = run_ranks(command, 2, argv, tmp_path)
     assert (status, left, other, left_there, silence) == (0, 0, 0, 0, "")
     assert "2 ranks" in printed
     rows = [json.loads(line) for line in (tmp_path / "cpu" / "step.jsonl").read_text().splitlines()]
-    assert [(row["case"]["data"], row["provider"], row["case"]["ranks"]) for row in rows] == [
-        (data, name, 2) for data in ("real", "synthetic") for name in (ENGINE, TORCHVISION, PLAIN, TUNED)
+    rates = [row for row in rows if row["metric"] == "images_per_s"]
+    assert [(row["case"]["data"], row["provider"], row["case"]["ranks"]) for row in rates] == [
+        (data, name, 2) for data in ("real", "synthetic") for name in (ENGINE, SPLIT, TORCHVISION, PLAIN)
         if step_providers.takes_part(name, data)
     ]  # fmt: skip
+    travelled = {row["provider"]: row["p50"] for row in rows if row["case"].get("part") == "communication"}
+    assert all(travelled[name] > 0 for name in (ENGINE, SPLIT, PLAIN))
+    assert f"{PAIR}, batch 16, real: fastest of engine, split: " in printed
     assert rows[0]["command"].startswith("torchrun --nproc_per_node 2 -m bench step --images FILE.npy ")
 
 
@@ -251,7 +318,8 @@ def test_the_command_measures_photos(image_folder, tmp_path):
     status, printed, left = run_ranks(command, 1, argv, tmp_path)[0]
     assert (status, left) == (0, 0), printed
     rows = [json.loads(line) for line in (tmp_path / "cpu" / "step.jsonl").read_text().splitlines()]
-    assert [(row["provider"], row["case"]["size"]) for row in rows] == [(ENGINE, 224), (PLAIN, 224)]
+    rates = [row for row in rows if row["metric"] == "images_per_s"]
+    assert [(row["provider"], row["case"]["size"]) for row in rates] == [(ENGINE, 224), (PLAIN, 224)]
     assert str(root) not in json.dumps(rows) and "--root PHOTOS" in rows[0]["command"]
 
 
@@ -263,9 +331,9 @@ def test_the_command_on_a_gpu(noise, tmp_path):
     (file,) = tmp_path.glob("*/step.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     known = peak_flops(torch.cuda.get_device_name(), "bf16") is not None
-    metrics = ["images_per_s", "bytes", *(["mfu"] if known else [])]
+    metrics = ["images_per_s", "bytes", "ms", *(["mfu"] if known else [])]
     assert {(row["provider"], row["metric"]) for row in rows} == {
-        (name, metric) for name in step_providers.PROVIDERS for metric in metrics
+        (name, metric) for name in step_providers.available("cuda", 1) for metric in metrics
     }
-    assert all(row["p50"] > 0 for row in rows)
+    assert all(row["p50"] > 0 for row in rows if row["metric"] != "ms")
     assert {row["case"]["precision"] for row in rows} == {"bf16"}

@@ -57,9 +57,10 @@ def test_what_lies_ready_is_dropped_and_whole_rounds_are_counted(monkeypatch):
     warm = step_turns.WARM_UP["cpu"]
     assert fake.trained[: warm + 1] == [*range(warm), warm + 4], "four were ready"
     skipped = set(range(fake.trained[-1])) - set(fake.trained)
-    assert len(skipped) == (1 + 3) * 4, "before the round whose time is taken, and before each turn"
+    assert len(skipped) == (1 + 3 + 1) * 4, "before the round whose time is taken, each turn, and the profile"
     assert turns.steps % 3 == 0 and 3 <= turns.steps <= 9, "whole rounds, of steps of 10 ms, in 90 ms"
-    assert len(fake.trained) == warm + (3 + 3) + 3 * (3 + turns.steps)
+    assert len(fake.trained) == warm + (3 + 3) + 3 * (3 + turns.steps) + (3 + 1 + 6)
+    assert turns.parts.steps == 6 and turns.parts.ms_per_step > 10, "whole rounds are profiled"
     assert len(turns.rates) == 3 and max(turns.rates) <= 16 / 0.01
     assert fake.closed
 

@@ -42,6 +42,15 @@ HOST = [
 ]  # fmt: skip
 
 
+def test_the_first_steps_may_be_left_out():
+    steps = [mark("whole", 100 * i, 100 * i + 100 - 30 * (i == 0)) for i in range(3)]
+    found = breakdown(trace(*steps, mark("forward", 120, 170)), skip=1)
+    assert (found.steps, found.ms_per_step) == (2, pytest.approx(0.1))
+    assert found.shares == shares(forward=0.25, other=0.75)
+    with pytest.raises(ValueError, match="no event step/whole"):
+        breakdown(trace(*steps), skip=3)
+
+
 def test_the_device_is_shared_among_the_parts_that_launched_what_runs():
     found = breakdown(
         trace(
