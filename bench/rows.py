@@ -113,10 +113,18 @@ def environment(argv: list[str]) -> Environment:
         driver=first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if device.type == "cuda"
         else None,
-        commit=first_line("git", "describe", "--always", "--dirty", "--exclude=*") or "unknown",
+        commit=commit(),
         date=datetime.now(UTC).date().isoformat(),
         command=shlex.join(["python", "-m", "bench", *argv]),
     )
+
+
+def commit() -> str:
+    """The commit that is checked out, `-dirty` where files differ from it, those of results apart."""
+    named = first_line("git", "describe", "--always", "--exclude=*")
+    if named is None:
+        return "unknown"
+    return f"{named}-dirty" if first_line("git", "status", "--porcelain", "--", ".", ":!bench/results") else named
 
 
 def slug(gpu: str) -> str:
