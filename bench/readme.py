@@ -148,13 +148,6 @@ def step(device: str, *, size: int = 32, ranks: int = 1) -> str:
     return markdown(["pair", "batch", "data", *(f"`{name}`" for name in providers), *over], lines) + _sources(rows)
 
 
-def parts(device: str) -> str:
-    """Where a step of small images on one rank goes, under the profiler."""
-    rows = newest_parts(device)
-    lines = [[f"`{pair}`", *rest[:2], f"`{rest[2]}`", *rest[3:]] for pair, *rest in step_report.part_cells(rows)]
-    return markdown([*step_report.PART_COLUMNS], lines) + _sources(rows)
-
-
 def newest_parts(device: str) -> list[Row]:
     """Milliseconds of the parts of a step of small images on one rank."""
     return newest(step_rows(device, "ms", size=32, ranks=1))
@@ -251,7 +244,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_h200": partial(step, "h200"),
     "photos_cpu": partial(step, "cpu", size=224),
     "ranks_cpu": partial(step, "cpu", ranks=2),
-    "parts_cpu": partial(parts, "cpu"),
 }
 PICTURES = ("cpu",)  # devices whose steps have parts on record
 

@@ -37,6 +37,7 @@ from bench.flops import flops_per_image
 from bench.providers import BACKWARD
 from bench.reference_networks import build_peer
 from bench.rows import RESULTS, Row, read_rows
+from bench.step_data import REAL
 from engine.config import parse_config
 
 MOST_GPUS = 1024
@@ -161,14 +162,14 @@ def sets_in(by_gpus: Mapping[int, Mapping[str, float]]) -> dict[str, int]:
 
 
 def measured_step(rows: Sequence[Row], pair_ms: float, *, pair: str, batch: int | None, provider: str) -> Step:
-    """The newest step of one device whose parts were measured.
+    """The newest step of one device, on real data, whose parts were measured.
 
     Raises ValueError: there is none.
     """
     fitting = [
         row for row in rows
         if row.metric == "ms" and row.provider == provider and row.case["pair"] == pair
-        and row.case["ranks"] == 1 and batch in (None, row.case["batch"])
+        and row.case["ranks"] == 1 and row.case["data"] == REAL and batch in (None, row.case["batch"])
     ]  # fmt: skip
     if not fitting:
         raise ValueError(f"no parts of a step of {provider} with {pair} on one device: run python -m bench step first")
@@ -283,7 +284,7 @@ def main(argv: list[str]) -> int:
     for placement, by_gpus in found.items():
         console.print(table(placement, by_gpus, step))
         for part, W in sets_in(by_gpus).items():
-            console.print(f"{placement}: {part} take {SETS_IN:.0%} of a step from {W} GPUs on")
+            console.print(f"{placement}: {part}: {SETS_IN:.0%} of a step from {W} GPUs on")
     return 0
 
 

@@ -127,5 +127,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "A prediction for wrn-10-1+wrn-16-2, 16 images a GPU" in printed
     for placement in (scaling.BOTH, scaling.SPLIT):
-        assert f"{placement}: losses take 10% of a step from" in printed
+        assert f"{placement}: losses: 10% of a step from" in printed
     assert "│ 1024 │" in printed and "100%" in printed

@@ -148,6 +148,29 @@ def test_zero_stages_give_the_same_losses(world):
             assert other[name, stage] == history, "losses are those of the global batch"
 
 
+def formats(stage: int) -> list[bool]:
+    """Whether the output of each convolution is channels_last."""
+    ranks = distributed.start()
+    cfg = config(engine={"zero_stage": stage, "precision": "fp32"})
+    engine = build_engines(cfg, place(cfg, ranks, SIZE), SIZE)[0]
+    found = []
+    for module in engine.module.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(
+                lambda _, given, out: found.append(out.is_contiguous(memory_format=torch.channels_last))
+            )
+    engine.embed(*batches(1, ranks)[0][:2])
+    distributed.stop()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_activations_are_channels_last_at_every_zero_stage(stage):
+    (found,) = run_ranks(formats, 1, stage)
+    assert len(found) == 2 * 9 and all(found)
+
+
 def one_backward(bn: str) -> tuple[list, dict]:
     """Losses of a step and the parameter gradients that the engines averaged over the ranks."""
     ranks = distributed.start()
