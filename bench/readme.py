@@ -75,8 +75,8 @@ def _sources(rows: list[Row]) -> str:
     return f"\n{last.device_name}, torch {last.torch}, {last.date}: {told}\n"
 
 
-def _times(ours: float | None, theirs: float | None) -> str:
-    return f"{ours / theirs:.1f}x" if ours and theirs else "-"
+def _times(ours: float | None, theirs: float | None, *, digits: int = 1) -> str:
+    return f"{ours / theirs:.{digits}f}x" if ours and theirs else "-"
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def step(device: str, *, size: int = 32, ranks: int = 1) -> str:
         rates = {name: _p50(rows, name, "images_per_s", pair=pair, batch=batch, data=data) for name in providers}
         lines.append([
             f"`{pair}`", f"{batch:,}", data, *("-" if rate is None else _digits(rate) for rate in rates.values()),
-            *(_times(rates[providers[0]], rates[other]) for other in others),
+            *(_times(rates[providers[0]], rates[other], digits=2) for other in others),
         ])  # fmt: skip
     over = [f"`{providers[0]}` over `{other}`" for other in others]
     return markdown(["pair", "batch", "data", *(f"`{name}`" for name in providers), *over], lines) + _sources(rows)

@@ -7,14 +7,20 @@ state.  Two placements (engine.concurrency): every GPU trains both peers, or eac
 
 Legend
   W  GPUs      n  images of one      N = n W  images of the batch      P  parameters      D  embedding width
+  W_p  GPUs of peer p, sizes as the engine would take them (engine/placement.py)      n_p = N / W_p  their images
 
-                      every GPU both peers                             split, W_p GPUs for peer p
-  networks            measured                                         measured, peer p's share, W / W_p as many images
-  losses              measured at n x n, then growing with n x N       the same for W / W_p as many rows
-  optimizer           measured                                         measured, by parameters
-  BatchNorm           4 messages a layer, one layer behind the other   those of the slower group
-  gradients           8 P bytes, behind backward                       of the larger peer in its own group
-  embeddings          4 N D bytes, the first peer's behind the second's forward      2 n D a peer between the groups
+                every GPU both peers                            split, the group that takes longer
+  data          measured                                        half of the views of n_p images
+  networks      measured                                        peer p's share, by FLOPs, for n_p images
+  losses        measured for n x n, then growing with n x N     the same for n_p x N
+  optimizer     measured                                        by parameters
+  BatchNorm     6 hops' worth of messages a layer               the same of its own layers, among W_p
+  gradients     4 P bytes reduced, behind backward              4 P_p bytes among W_p
+  embeddings    4 N D bytes of each peer gathered, the first    4 n_p D bytes between the groups, then 4 N D bytes of
+                peer's behind the second's forward              each peer gathered among W_p
+
+What was measured are steps under the profiler, which makes them slower, so look at ratios.  BatchNorm is taken a view
+(`bn: per_view`) over all ranks of a peer: a gather forward and a reduction, two phases, backward.
 
 A message to W GPUs takes log2 W hops.  Nothing but the first peer's embeddings overlaps with computing: at ZeRO 0
 DeepSpeed averages gradients when backward is over.
@@ -39,11 +45,12 @@ from bench.reference_networks import build_peer
 from bench.rows import RESULTS, Row, read_rows
 from bench.step_data import REAL
 from engine.config import parse_config
+from engine.placement import balanced
 
 MOST_GPUS = 1024
 SETS_IN = 0.1  # of a step: from here on a part counts as a bottleneck
 GRADIENT_BYTES, EMBEDDING_BYTES = 4, 2  # of an entry on the wire: float32; float16 or bfloat16
-NORM_MESSAGES = 4  # a BatchNorm layer: statistics forward and backward, of each view
+NORM_MESSAGES = 2 * (1 + 2)  # of a BatchNorm layer: two views, a gather forward and a reduction backward
 BOTH, SPLIT = "every GPU both peers", "split"
 MEASURED = ("data", "networks", "losses", "optimizer", "other")  # on one device
 TRAVEL = ("BatchNorm", "gradients", "embeddings")
@@ -89,6 +96,7 @@ class Peer(NamedTuple):
 class Step(NamedTuple):
     """A step of one device, in milliseconds."""
 
+    size: int  # side of a view in pixels
     images: int  # n
     data: float
     forward: float
@@ -121,8 +129,7 @@ def both(step: Step, peers: Sequence[Peer], cluster: Cluster, W: int) -> dict[st
 
 def split(step: Step, peers: Sequence[Peer], cluster: Cluster, W: int) -> dict[str, float]:
     """Milliseconds of each part where the peers are split between the GPUs, of the group that takes longer."""
-    at_a = round(W * peers[0].share)
-    sizes = min(max(1, at_a), W - 1), W - min(max(1, at_a), W - 1)
+    sizes = balanced([peer.share for peer in peers], W, step.images * W)
     of_groups = [
         _group(step, peer, other, size, cluster, W)
         for peer, other, size in zip(peers, reversed(peers), sizes, strict=True)
@@ -183,7 +190,7 @@ def measured_step(rows: Sequence[Row], pair_ms: float, *, pair: str, batch: int 
     }
     alone = ms.get("other", 0.0) + ms.get("idle", 0.0) + ms.get("communication", 0.0)
     return Step(
-        case["batch"], ms.get("data", 0.0), ms["forward"], ms["forward"] + ms["backward"], ms["loss"],
+        case["size"], case["batch"], ms.get("data", 0.0), ms["forward"], ms["forward"] + ms["backward"], ms["loss"],
         ms["optimizer"], alone, pair_ms,
     )  # fmt: skip
 
@@ -245,7 +252,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         pair_ms = milliseconds_of_a_pair(_rows(options.device, "loss"), backend)
         rows = _rows(options.device, "step")
         options.step = measured_step(rows, pair_ms, pair=options.pair, batch=options.batch, provider=options.provider)
-        options.size = next(row.case["size"] for row in reversed(rows) if row.case.get("pair") == options.pair)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -269,7 +275,7 @@ def main(argv: list[str]) -> int:
         Link(1e9 * rate, 1e-6 * hop) for rate, hop in zip((options.inside, options.between), options.hop, strict=True)
     )
     cluster, step = Cluster(options.node, inside, between), options.step
-    peers = peers_of(options.pair, options.size, 128)
+    peers = peers_of(options.pair, step.size, 128)
     counts = [2**i for i in range(int(math.log2(MOST_GPUS)) + 1)]
     found = {
         BOTH: {W: both(step, peers, cluster, W) for W in counts},

@@ -36,7 +36,7 @@ SETTINGS = {
     COMPILED: {"compile": "true"},
 }
 BASE = {"capture": "false", "compile": "false", "concurrency": "serial"}
-CONCURRENT = (CAPTURED, ENGINE, STREAMS, SPLIT)  # the same work, the peers' in another order or place
+CONCURRENT = (CAPTURED, ENGINE, STREAMS, SPLIT)  # ways to run both peers; captured saves launches, too
 MOST_STEPS = 20_000  # of a run; none gets there
 
 # Batches that may lie ready, those that DALI itself holds included.

@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.batchnorm import average_buffers
-from engine.config import Config, differing_keys
+from engine.config import Config, ConfigError, differing_keys, parse_config
 from engine.distributed import Ranks, barrier, first_rank_does
 from engine.engines import PeerEngine
 
@@ -218,6 +219,8 @@ def _same_configuration(folder: Path, saved: dict[str, Any], cfg: Config) -> Non
 
 def changed_keys(saved: dict[str, Any], cfg: Config) -> list[str]:
     """Dotted keys in which a saved configuration would compute something else than `cfg`."""
+    with suppress(ConfigError):
+        saved = parse_config(saved).resolved()  # a key that there was not yet has its default
     free: tuple[str, ...] = FREE_KEYS
     if any(peer.optimizer.schedule == "cosine" for peer in cfg.peers):
         free = tuple(key for key in free if key not in ("run.steps", "run.epochs"))  # the cosine spans the length

@@ -8,7 +8,8 @@ Each field states its unit and meaning after it; what a section refuses, it refu
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,6 +30,15 @@ ENCODED = ("tiny-imagenet", "folder", *SHARDED)  # data sets of encoded images, 
 
 class ConfigError(ValueError):
     """A bad configuration: one line an error, each with the dotted key, what was given and what is allowed."""
+
+
+@contextmanager
+def keyed(peer: int) -> Iterator[None]:
+    """What a peer's parts refuse gets the peer's place in the configuration."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"peers.{peer}.{error}") from None
 
 
 class RunConfig(Section):
@@ -221,10 +231,12 @@ class EngineConfig(Section):
     concurrency: Literal["auto", "serial", "streams", "split"] = "auto"
     """serial: one peer's work behind the other's; streams: each peer on a CUDA stream of its own, which become branches
     of the graphs where the step is captured; split: two groups of ranks, one peer each, between which embeddings alone
-    travel.  auto: streams where the step is captured, else serial.  The same run each time, but for rounding."""
+    travel.  auto: streams where the step is captured, else serial.  The same run each time, but for rounding; split
+    only with sync_bn, since its ranks hold more images each."""
     split: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
-    """concurrency split: the ranks of each peer, in the order of `peers`.  Left out: in proportion to the time that a
-    step of each takes, measured when the run starts."""
+    """concurrency split: the ranks of each peer, in the order of `peers`; both numbers must divide the batch.  Left
+    out: those of all that do whose slower group is the fastest, by the time that forward and backward of each peer
+    take, measured when the run starts."""
     profile: ProfileConfig | None = None
     """Some steps under torch's profiler: a trace and a page on where they went, in output_dir/profile."""
     sync_bn: bool = True

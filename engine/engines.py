@@ -6,8 +6,8 @@ What DeepSpeed does not do for a pair of convnets is done here and nowhere else.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from engine.batchnorm import convert_sync_bn
-from engine.config import Config, ConfigError
+from engine.config import Config, ConfigError, keyed
 from engine.distributed import Ranks, precision_of, rows_per_rank
 from engine.optimizers import build_optimizer, check_optimizer
 from engine.peers import build_peer
@@ -220,15 +220,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def _keyed(i: int) -> Iterator[None]:
-    """What a peer's parts refuse gets the peer's place in the configuration."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"peers.{i}.{error}") from None
-
-
 def build_engines(cfg: Config, placement: Placement, image_size: int) -> list[PeerEngine]:
     """The engines of this rank's peers; every rank must have the same seed, so that all start from the same weights."""
     import deepspeed
@@ -240,11 +231,11 @@ def build_engines(cfg: Config, placement: Placement, image_size: int) -> list[Pe
     # DeepSpeed keeps the last one that it was given.
     deepspeed.utils.groups.mpu = split = None if placement.sizes is None else placement
     for i, peer_cfg in enumerate(cfg.peers):
-        with _keyed(i):
+        with keyed(i):
             check_optimizer(peer_cfg.optimizer, ranks.device)
     engines = []
     for i, peer_cfg in enumerate(cfg.peers):
-        with _keyed(i):
+        with keyed(i):
             # Also one that others train: it draws its weights before the next.
             peer = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
         if i not in placement.peers:
@@ -253,7 +244,7 @@ def build_engines(cfg: Config, placement: Placement, image_size: int) -> list[Pe
             convert_sync_bn(peer, ranks, traceable=cfg.engine.compile)
         if cfg.engine.compile:
             peer.compile_embedding()
-        with _keyed(i):
+        with keyed(i):
             # ZeRO >= 1 gives the optimizer flat pieces of its own.
             fused = ranks.device.type == "cuda" and cfg.engine.zero_stage == 0
             optimizer = build_optimizer(peer, peer_cfg.optimizer, batch_size=cfg.data.batch_size, fused=fused)

@@ -9,6 +9,7 @@ Legend
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import Config, ConfigError
+from engine.config import Config, ConfigError, keyed
 from engine.distributed import Ranks, first_rank_does, precision_of
 from engine.peers import build_peer
 
@@ -40,6 +41,10 @@ class Placement:
     """Ranks of each peer; None where every rank trains all."""
     group: dist.ProcessGroup | None = None
     """The process group of `own` where the run is split, also if this rank is alone in it."""
+    alone: dist.ProcessGroup | None = None
+    """The process group of this rank where the run is split."""
+    note: str = ""
+    """How the sizes were found, where they were measured."""
 
     def rows_of(self, peer: int, rank: int, batch_size: int) -> range:
         """Images of the global batch that a rank, counted among its peer's, holds."""
@@ -61,11 +66,12 @@ class Placement:
         """This one's place among them."""
         return self.own.rank
 
-    def get_model_parallel_group(self) -> None:
-        """No peer is cut into pieces by layers."""
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """No peer is cut into pieces by layers: this rank alone (None would be all ranks to its clipping)."""
+        return self.alone
 
     def get_model_parallel_world_size(self) -> int:
-        """So there is one piece."""
+        """One piece."""
         return 1
 
     def get_model_parallel_rank(self) -> int:
@@ -82,14 +88,17 @@ def place(cfg: Config, ranks: Ranks, image_size: int, sizes: tuple[int, int] | N
         return Placement(ranks, ranks, tuple(range(len(cfg.peers))))
     if ranks.world < 2:
         raise ConfigError(f"engine.concurrency: split takes a rank a peer at least, found {ranks.world} in all")
-    sizes = cfg.engine.split or sizes or first_rank_does(ranks, lambda: _measured_sizes(cfg, ranks, image_size))
+    sizes, note = cfg.engine.split or sizes, ""
+    if sizes is None:
+        sizes, note = first_rank_does(ranks, lambda: _measured_sizes(cfg, ranks, image_size))
     _check(sizes, cfg, ranks)
     peer = int(ranks.rank >= sizes[0])
     # Every rank takes part in making each.
     group = cast(dist.ProcessGroup, [dist.new_group(list(members)) for members in _members(sizes)][peer])
     rank, world = ranks.rank - (sizes[0] if peer else 0), sizes[peer]
     own = Ranks(rank, world, ranks.local_rank, ranks.device, group if world > 1 else None)
-    return Placement(ranks, own, (peer,), sizes, group)
+    alone = dist.new_group([ranks.rank], use_local_synchronization=True)
+    return Placement(ranks, own, (peer,), sizes, group, cast(dist.ProcessGroup, alone), note)
 
 
 def describe_placement(cfg: Config, placement: Placement) -> list[str]:
@@ -99,7 +108,7 @@ def describe_placement(cfg: Config, placement: Placement) -> list[str]:
     parts = [
         f"{peer.name} on {_span(members)}" for peer, members in zip(cfg.peers, _members(placement.sizes), strict=True)
     ]
-    return [f"peers are split between the ranks (engine.concurrency): {', '.join(parts)}"]
+    return [f"peers are split between the ranks (engine.concurrency): {', '.join(parts)}{placement.note}"]
 
 
 def _members(sizes: tuple[int, int]) -> list[range]:
@@ -126,9 +135,25 @@ def _check(sizes: tuple[int, int], cfg: Config, ranks: Ranks) -> None:
 # -- sizes by cost -----------------------------------------------------------------------------------------------------
 
 
-def _measured_sizes(cfg: Config, ranks: Ranks, image_size: int) -> tuple[int, int]:
+def _measured_sizes(cfg: Config, ranks: Ranks, image_size: int) -> tuple[tuple[int, int], str]:
+    """Sizes, and a note on what they follow."""
     costs = [_seconds(cfg, peer, ranks.device, image_size) for peer in range(2)]
-    return balanced(costs, ranks.world, cfg.data.batch_size)
+    sizes = balanced(costs, ranks.world, cfg.data.batch_size)
+    return sizes, sizes_note(costs, sizes, cfg.data.batch_size)
+
+
+def sizes_note(costs: list[float], sizes: tuple[int, int], batch_size: int) -> str:
+    """What two costs and sizes have to do with each other, and which batch would allow better ones."""
+    note = f"; measured: an image of the second costs {costs[1] / costs[0]:.2g} times one of the first"
+    world = sum(sizes)
+    best = balanced(costs, world, math.lcm(*range(1, world)))
+    if best == sizes:
+        return note
+    whole = math.lcm(*best)
+    return (
+        f"{note}, for which {best[0]} and {best[1]} ranks would be better; they take a data.batch_size that is a "
+        f"multiple of {whole}, found {batch_size}"
+    )
 
 
 def balanced(costs: list[float], world: int, batch_size: int) -> tuple[int, int]:
@@ -148,7 +173,8 @@ def balanced(costs: list[float], world: int, batch_size: int) -> tuple[int, int]
 def _seconds(cfg: Config, peer: int, device: torch.device, image_size: int) -> float:
     """Forward and backward of one peer alone on this rank."""
     bf16 = precision_of(cfg, device) == "bf16"
-    network = build_peer(cfg.peers[peer], image_size=image_size).to(device)
+    with keyed(peer):
+        network = build_peer(cfg.peers[peer], image_size=image_size).to(device)
     network.to(memory_format=torch.channels_last)
     view = torch.randn(MEASURED_IMAGES, 3, image_size, image_size, device=device)
     view = view.contiguous(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import resource
 import tempfile
@@ -30,6 +31,8 @@ from engine.profile_page import as_text, draw
 from engine.profile_trace import IDLE, OTHER, OUTSIDE, PARTS, PREFIX, WHOLE, Breakdown, breakdown
 
 __all__ = ["IDLE", "OTHER", "OUTSIDE", "PARTS", "WHOLE", "Breakdown", "StepProfiler", "breakdown", "part", "profiled"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -146,7 +149,7 @@ class StepProfiler:
                     yield batch
                 if self._window and step == self._window[-1]:
                     clock.stop()
-                    self._write(self._stop())
+                    self._write_or_warn(self._stop())
                     if step + 1 < self.steps:
                         clock.start()
             yield from batches  # none, but the loader comes to its end
@@ -164,6 +167,13 @@ class StepProfiler:
         assert stopped is not None
         stopped.stop()
         return stopped
+
+    def _write_or_warn(self, stopped: profile) -> None:
+        """No run ends over its page: the other ranks would wait for this one."""
+        try:
+            self._write(stopped)
+        except Exception as error:  # a full disk, whatever a profiler or a plot runs into
+            log.warning("engine.profile: %s: not written (%s: %s)", self.folder, type(error).__name__, error)
 
     def _write(self, stopped: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

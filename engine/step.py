@@ -99,7 +99,8 @@ class StreamedStep(Step):
 
     Memory is safe without further marks: a branch begins behind all that was launched before on the trunk and on the
     other branches, and ends before the trunk goes on, so what either frees is used again only behind its last use.
-    Gradients that cross from one stream to another are autograd's, which marks them.
+    Gradients that cross from one stream to another are autograd's, which marks them.  With several GPUs both peers'
+    exchanges, SyncBatchNorm's among them, queue in one communicator in the order of their launch.
     """
 
     def __init__(self, cfg: Config, engines: Sequence[PeerEngine], placement: Placement) -> None:

@@ -63,9 +63,9 @@ def test_rows_of_steps_from_before_are_read_in_todays_terms(tmp_path, monkeypatc
         return [line for line in readme.step("h200").splitlines() if line.startswith("|")]
 
     assert table(made[:2])[0] == "| pair | batch | data | `captured` | `plain` | `captured` over `plain` |"
-    assert table(made[:2])[2:] == ["| `a+b` | 8 | real | 800 | 100 | 8.0x |"]
+    assert table(made[:2])[2:] == ["| `a+b` | 8 | real | 800 | 100 | 8.00x |"]
     assert table(made)[2:] == [
-        "| `a+b` | 8 | real | 900 | 300 | 600 | 3.0x | 1.5x |", "| `a+b` | 8 | synthetic | - | 1 | - | - | - |",
+        "| `a+b` | 8 | real | 900 | 300 | 600 | 3.00x | 1.50x |", "| `a+b` | 8 | synthetic | - | 1 | - | - | - |",
     ], "the newer run alone"  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from bench.scaling import Cluster, Link, Peer, Step, both, measured_step, peers_
 SLOW = Link(1e9, 1e-3)  # a byte in a nanosecond, a hop in a millisecond
 CLUSTER = Cluster(node=2, inside=Link(4e9, 0.0), between=SLOW)
 STEP = Step(
-    images=10, data=4.0, forward=20.0, networks=60.0, losses=2.0, optimizer=9.0, other=1.0, pair=0.01
+    size=32, images=12, data=4.0, forward=20.0, networks=60.0, losses=2.0, optimizer=9.0, other=1.0, pair=0.01
 )  # fmt: skip
 PEERS = [Peer(share=0.25, parameters=1_000_000, norms=3, width=100), Peer(0.75, 2_000_000, 5, 100)]
 
@@ -28,12 +28,12 @@ def test_every_gpu_both_peers():
     """Four GPUs on two nodes: messages take two hops, 2 ms."""
     parts = both(STEP, PEERS, CLUSTER, 4)
     assert parts["networks"] == 60 and parts["data"] == 4 and parts["optimizer"] == 9
-    assert parts["losses"] == pytest.approx(2 + 0.01 * 400 * 3), "rows of one GPU against columns of four"
-    assert parts["BatchNorm"] == pytest.approx(8 * 4 * 2.0)
+    assert parts["losses"] == pytest.approx(2 + 0.01 * 576 * 3), "rows of one GPU against columns of four"
+    assert parts["BatchNorm"] == pytest.approx(8 * 6 * 2.0)
     # 12 MB once over in each of two phases, three quarters of it from others: 9 ms and 2 of hops each.
     assert parts["gradients"] == pytest.approx(2 * (9 + 2))
-    # 40 images x 2 views x 100 x 2 bytes = 16 kB: 0.012 ms; the first peer's hide behind the second's 15 ms of forward.
-    assert parts["embeddings"] == pytest.approx(2.012)
+    # 48 images x 2 views x 100 x 2 bytes = 19.2 kB: 0.0144 ms; the first peer's hide behind 15 ms of forward.
+    assert parts["embeddings"] == pytest.approx(2.0144)
 
 
 def test_inside_of_a_node_its_links_count():
@@ -43,14 +43,21 @@ def test_inside_of_a_node_its_links_count():
 
 def test_split_by_cost():
     """One of four GPUs for a quarter of the work: each trains what one GPU does alone."""
-    parts = split(STEP, PEERS, CLUSTER, 4)
+    parts = split(STEP._replace(pair=0.001), PEERS, CLUSTER, 4)
     # The second peer's three GPUs: 2,000,000 parameters over log2 3 hops.
     assert parts["networks"] == pytest.approx(60 * 0.75 * 4 / 3)
     assert parts["data"] == pytest.approx(4 * (4 / 3) / 2)
-    assert parts["losses"] == pytest.approx(2 + 0.01 * 400 * (4 / 3 * 4 - 1))
+    assert parts["losses"] == pytest.approx(2 + 0.001 * 576 * (4 / 3 * 4 - 1))
     assert parts["optimizer"] == pytest.approx(6)
     assert parts["gradients"] == pytest.approx(2 * (1.584963 + 8 * 2 / 3), rel=1e-5)
-    assert parts["BatchNorm"] == pytest.approx(5 * 4 * 1.584963, rel=1e-5)
+    assert parts["BatchNorm"] == pytest.approx(5 * 6 * 1.584963, rel=1e-5)
+    # 16 images x 2 views x 100 x 2 bytes cross over, 38.4 kB of both peers are gathered, two thirds from others.
+    assert parts["embeddings"] == pytest.approx(1 + 0.0064 + 1.584963 + 0.0256, rel=1e-5)
+
+
+def test_split_takes_the_sizes_that_the_engine_would():
+    eight = split(STEP._replace(images=16), PEERS, CLUSTER, 8)
+    assert eight["networks"] == pytest.approx(60 * 0.75 * 2), "2 and 6 would fit, and 6 does not divide 128 images"
 
 
 def test_split_is_the_slower_group():
@@ -90,7 +97,7 @@ def rows(pair="a+b", batch=16, scale=1.0, commit="one"):
 
 def test_the_newest_step_with_parts():
     found = measured_step([*rows(), *rows(scale=2.0, commit="two")], 0.5, pair="a+b", batch=None, provider="engine")
-    assert found == Step(16, 2.0, 40.0, 120.0, 6.0, 10.0, 4.0, 0.5)
+    assert found == Step(32, 16, 2.0, 40.0, 120.0, 6.0, 10.0, 4.0, 0.5)
     with pytest.raises(ValueError, match="no parts of a step of engine with a"):
         measured_step(rows(), 0.5, pair="a+c", batch=None, provider="engine")
     with pytest.raises(ValueError, match="no parts of a step of engine"):

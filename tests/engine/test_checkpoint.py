@@ -204,6 +204,17 @@ def edit(folder: Path, **changes) -> None:
     (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
 
 
+def test_a_key_that_there_was_not_yet_has_its_default(config):
+    saved = config.resolved()
+    del saved["engine"]["compile"], saved["engine"]["profile"]
+    assert checkpoint.changed_keys(saved, config) == []
+    saved["engine"]["compile"] = True
+    saved["data"]["batch_size"] = 8
+    assert checkpoint.changed_keys(saved, config) == ["data.batch_size", "engine.compile"]
+    saved["engine"]["unknown"] = 1  # of another version
+    assert "engine.unknown" in checkpoint.changed_keys(saved, config)
+
+
 class Weights:
     """Stands for an engine whose state is a tensor."""
 

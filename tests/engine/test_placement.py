@@ -13,7 +13,7 @@ from engine import distributed
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, parse_config
 from engine.distributed import Ranks
-from engine.placement import Exchange, balanced, describe_placement, place
+from engine.placement import Exchange, balanced, describe_placement, place, sizes_note
 from engine.trainer import NonFiniteLoss, Trainer
 from ranks import run_ranks
 from runs import fit, losses
@@ -44,6 +44,15 @@ def test_a_batch_that_no_sizes_divide():
         ConfigError, match=r"data.batch_size: 7 does not divide by the sizes of any two groups of 3 ranks"
     ):
         balanced([1.0, 1.0], 3, 7)
+
+
+def test_the_note_says_what_would_fit_better():
+    costs = [1.0, 3.0]
+    fits = sizes_note(costs, balanced(costs, 8, 96), 96)
+    assert fits == "; measured: an image of the second costs 3 times one of the first"
+    assert sizes_note(costs, balanced(costs, 8, 64), 64) == fits + (
+        ", for which 2 and 6 ranks would be better; they take a data.batch_size that is a multiple of 6, found 64"
+    )
 
 
 def split(settings: dict[str, Any], *sizes: int, **engine: Any) -> dict[str, Any]:
@@ -198,6 +207,21 @@ def test_zero_within_each_group(settings, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_peer_is_clipped_by_its_own_gradients(settings, stage):
+    """At a tenth of their norm: clipped by both peers' together, the losses of step 3 are off by one hundredth."""
+    gentle(settings)
+    settings["run"]["steps"] = 3
+    for peer in settings["peers"]:
+        peer["optimizer"]["lr"] = 1.0
+    clipped = {"zero_stage": stage, "deepspeed": {"gradient_clipping": 0.05}}
+    serial = run(settings, 2, "serial", **clipped)
+    halves = run(settings, 2, "split", concurrency="split", **clipped)
+    assert abs(np.diff(serial[0], axis=0)).min() > 0.01, "it trained"
+    np.testing.assert_allclose(serial[0], halves[0], rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_shared_views_and_temperatures_that_differ(settings):
     gentle(settings)
     settings["data"]["views"] = "shared"
@@ -274,13 +298,21 @@ def test_groups_are_measured_where_they_are_not_set(settings):
     """Peer b is the larger one; on three ranks it gets two."""
     settings["peers"][1]["backbone"] = "wrn-16-4"
     split(settings)
-    found = run_ranks(sizes_of, 3, settings)
-    assert found == [(1, 2)] * 3
+    found = run_ranks(placed, 3, settings)
+    assert [sizes for sizes, _ in found] == [(1, 2)] * 3
+    assert all("a on rank 0, b on ranks 1 to 2; measured: an image of the second costs" in line for _, line in found)
+    settings["peers"][1]["backbone"] = "wrn-11-4"
+    assert {message for _, message in run_ranks(placed, 2, settings)} == {
+        "peers.1.backbone: 'wrn-11-4': DEPTH must be 6n + 4 (10, 16, 22, 28, ...), WIDTH at least 1"
+    }
 
 
-def sizes_of(plain: dict[str, Any]) -> tuple[int, int] | None:
+def placed(plain: dict[str, Any]) -> tuple[tuple[int, int] | None, str]:
     ranks = distributed.start()
     try:
-        return place(parse_config(plain), ranks, 32).sizes
+        placement = place(parse_config(plain), ranks, 32)
+        return placement.sizes, describe_placement(parse_config(plain), placement)[0]
+    except ConfigError as error:
+        return None, str(error)
     finally:
         distributed.stop()

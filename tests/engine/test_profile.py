@@ -163,6 +163,15 @@ def test_the_clock_stays_stopped_behind_the_last_step(settings, alone):
     assert clock.calls == ["stop", "start", "stop"]
 
 
+def test_a_page_that_cannot_be_written_ends_no_run(settings, alone, tmp_path, caplog):
+    profiler = StepProfiler(profiled(settings, 1, 2, steps=5), alone, first=0, steps=5)
+    (tmp_path / "run").write_text("a file where the folder should be")
+    assert len(list(profiler.over(numbers(5, []), first=0, clock=Clock()))) == 5
+    (record,) = caplog.records
+    assert "run/profile: not written (NotADirectoryError: " in record.message
+    assert profiler.summary is None and not torch.autograd._profiler_enabled()
+
+
 def test_a_step_that_fails_leaves_no_profiler_behind(settings, alone, tmp_path):
     profiler = StepProfiler(profiled(settings, 1, 3, steps=7), alone, first=0, steps=7)
     with pytest.raises(RuntimeError, match="on purpose"):

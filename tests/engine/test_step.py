@@ -1,6 +1,8 @@
 """The parts of a step, and the step as CUDA graphs: the same run as without."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.distributed import Ranks
+from engine.placement import place
 from engine.step import WARM_UP, CapturedStep, Finite, StreamedStep, captures, describe_capture
 from engine.trainer import NonFiniteLoss, Trainer
 from ranks import run_ranks
@@ -173,6 +176,45 @@ def test_a_replayed_step_waits_for_nothing_but_its_own_flag(settings, gpu):
 
     trainer.train = guarded
     trainer.fit()
+
+
+def test_branches_leave_the_trunk_and_come_back(monkeypatch, config):
+    """Each part of a step, in the order that makes memory safe; without a GPU."""
+    events, trunk = (
+        [],
+        SimpleNamespace(name="trunk", wait_stream=lambda s: events.append(("trunk", "waits for", s.name))),
+    )
+    current = [trunk]
+
+    class Stream:
+        made = 0
+
+        def __init__(self):
+            self.name = "ab"[Stream.made]
+            Stream.made += 1
+
+        def wait_stream(self, other):
+            events.append((self.name, "waits for", other.name))
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    engines = [
+        SimpleNamespace(index=p, step=lambda p=p: events.append((current[-1].name, "steps", "ab"[p]))) for p in (0, 1)
+    ]
+    streams = StreamedStep(config, engines, place(config, GPU, 32))
+    streams.update()
+    assert events == [
+        ("a", "waits for", "trunk"), ("a", "steps", "a"),
+        ("b", "waits for", "trunk"), ("b", "steps", "b"),
+        ("trunk", "waits for", "a"), ("trunk", "waits for", "b"),
+    ]  # fmt: skip
 
 
 # -- what is refused
