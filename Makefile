@@ -53,8 +53,9 @@ gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=
 	$(BIN)/python -m bench optimizer --quick
 	$(BIN)/python -m bench augment --quick
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS) --quick)
-	$(BIN)/python -m bench step --quick
-	$(if $(PHOTOS),$(BIN)/python -m bench step --quick --preset photos --root $(PHOTOS))
+	$(BIN)/python -m bench step --quick --providers captured,captured+compiled,streams,engine,plain
+	$(if $(PHOTOS),$(BIN)/python -m bench step --quick --preset photos --root $(PHOTOS) \
+		--providers engine,streams,compiled,plain,tuned)
 
 format: setup  ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .
