@@ -8,6 +8,9 @@ STAMP  := $(VENV)/.installed
 # The CUDA release that torch is for, as the names of DALI's wheels have it; any where torch has none.
 CUDA   := import torch; print((torch.version.cuda or '13').split('.')[0])
 
+# Of the step benchmark; a name, since commas separate what `if` is given.
+WITH_PHOTOS := engine,streams,compiled,plain,tuned
+
 .PHONY: help setup quickstart test check bench gpu format clean
 
 help:
@@ -54,8 +57,7 @@ gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=
 	$(BIN)/python -m bench augment --quick
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS) --quick)
 	$(BIN)/python -m bench step --quick --providers captured,captured+compiled,streams,engine,plain
-	$(if $(PHOTOS),$(BIN)/python -m bench step --quick --preset photos --root $(PHOTOS) \
-		--providers engine,streams,compiled,plain,tuned)
+	$(if $(PHOTOS),$(BIN)/python -m bench step --quick --preset photos --root $(PHOTOS) --providers $(WITH_PHOTOS))
 
 format: setup  ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .
