@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import step, step_providers, step_report
+from bench import step, step_providers, step_report, step_turns
 from bench.flops import peak_flops
 from bench.reference import Reference
 from bench.rows import ROW_KEYS, Stats, environment, make_row
@@ -34,6 +34,7 @@ from bench.step_providers import (
 from ranks import run_ranks
 
 PAIR = "wrn-10-1+wrn-10-1"
+ROUNDS = 2  # of the commands here
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_images_of_another_kind_are_refused(tmp_path, capsys):
 
 def command(argv: list[str], results: Path) -> tuple[int, str, int]:
     """Its status, what it prints, and the worker processes that it leaves; in a process that does nothing else."""
-    step.RESULTS = results
+    step.RESULTS, step.QUICK_ROUNDS, step_turns.PROFILED = results, ROUNDS, 1
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         status = step.main(argv)
@@ -246,14 +247,13 @@ def command(argv: list[str], results: Path) -> tuple[int, str, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the providers of a CPU")
 def test_the_command_measures_whole_steps(noise, tmp_path):
-    argv = ["--images", str(noise), "--batches", "16", "--seconds", "0.3", "--quick", "--data", "real,synthetic"]
+    argv = ["--images", str(noise), "--batches", "16", "--seconds", "0.3", "--quick"]
     status, printed, left = run_ranks(command, 1, [*argv, "--no-write"], tmp_path)[0]
     assert (status, left) == (0, 0)
     assert f"{PAIR}, batch 16, real: 0.30 GFLOP a source image" in printed
     for name in (ENGINE, COMPILED, TORCHVISION, PLAIN, TUNED):
-        for data in ("real", "synthetic"):
-            found = printed.count(f"│ {PAIR} │ 16    │ {data:9} │ {name:18} │")
-            assert found == 2 * step_providers.takes_part(name, data), "once with its rate, once with its parts"
+        found = printed.count(f"│ {PAIR} │ 16    │ real │ {name:18} │")
+        assert found == 2, "once with its rate, once with its parts"
     assert "1.00x" in printed
     assert not list(tmp_path.iterdir())
 
@@ -276,7 +276,7 @@ def test_the_command_writes_rows_of_those_that_ran(noise, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "cpu" / "step.jsonl").read_text().splitlines()]
     assert all(tuple(row) == ROW_KEYS for row in rows)
     assert [(row["subject"], row["provider"], row["n"]) for row in rows if row["metric"] == "images_per_s"] == [
-        ("step", ENGINE, step.QUICK_ROUNDS), ("step", PLAIN, step.QUICK_ROUNDS),
+        ("step", ENGINE, ROUNDS), ("step", PLAIN, ROUNDS),
     ]  # fmt: skip
     for name in (ENGINE, PLAIN):
         ms = {row["case"]["part"]: row["p50"] for row in rows if (row["provider"], row["metric"]) == (name, "ms")}
@@ -291,20 +291,19 @@ def test_the_command_writes_rows_of_those_that_ran(noise, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo; on GPUs it wants two")
 def test_two_ranks_measure_together(noise, tmp_path):
-    argv = ["--images", str(noise), "--batches", "16", "--seconds", "0.3", "--quick", "--data", "real,synthetic"]
-    argv += ["--providers", "engine,split,torchvision-loader,plain"]
+    argv = ["--images", str(noise), "--batches", "16", "--seconds", "0.3", "--quick", "--data", "synthetic"]
+    argv += ["--providers", "engine,split,plain"]
     (status, printed, left), (other, silence, left_there) = run_ranks(command, 2, argv, tmp_path)
     assert (status, left, other, left_there, silence) == (0, 0, 0, 0, "")
     assert "2 ranks" in printed
     rows = [json.loads(line) for line in (tmp_path / "cpu" / "step.jsonl").read_text().splitlines()]
     rates = [row for row in rows if row["metric"] == "images_per_s"]
     assert [(row["case"]["data"], row["provider"], row["case"]["ranks"]) for row in rates] == [
-        (data, name, 2) for data in ("real", "synthetic") for name in (ENGINE, SPLIT, TORCHVISION, PLAIN)
-        if step_providers.takes_part(name, data)
+        ("synthetic", name, 2) for name in (ENGINE, SPLIT, PLAIN)
     ]  # fmt: skip
     travelled = {row["provider"]: row["p50"] for row in rows if row["case"].get("part") == "communication"}
     assert all(travelled[name] > 0 for name in (ENGINE, SPLIT, PLAIN))
-    assert f"{PAIR}, batch 16, real: fastest of engine, split: " in printed
+    assert f"{PAIR}, batch 16, synthetic: fastest of engine, split: " in printed
     assert rows[0]["command"].startswith("torchrun --nproc_per_node 2 -m bench step --images FILE.npy ")
 
 

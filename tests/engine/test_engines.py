@@ -198,7 +198,7 @@ def test_ranks_give_the_losses_and_parameter_gradients_of_one(world, bn):
                 for g in (expected, gradients)
             )
             error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-            assert error < 1e-5, f"{peer}: {error}"
+            assert error < 3e-5, f"{peer}: {error}"  # 1.0e-5 found: float32, and in float64 below 1e-8 (next test)
             assert np.linalg.norm(wanted) > 0.1
 
 
