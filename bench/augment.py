@@ -26,13 +26,13 @@ from bench import harness
 from bench.harness import Call, Failure, guarded
 from bench.reference_data import PREFETCH, cores
 from bench.rows import RESULTS, Environment, Row, append_rows, environment, make_row
-from engine.config import AugmentConfig
 from engine.data.augment import AugmentPolicy, ViewParams, build_policy, draw_views
 from engine.data.dataset import ArrayDataset
 from engine.data.order import Batch, BatchOrder
 from engine.data.resident_loader import AHEAD, ResidentLoader
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import CHUNK, TorchLoader
+from engine.data_config import AugmentConfig
 from engine.distributed import Ranks
 from kernels import augment_torch, augment_views
 from kernels.augment import new_views, scale_and_shift

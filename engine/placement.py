@@ -31,8 +31,6 @@ MEASURED_STEPS = 3  # the fastest counts
 class Placement:
     """What this rank trains, and with whom."""
 
-    ranks: Ranks
-    """All ranks of the run."""
     own: Ranks
     """Those that train what this rank does, ranks counted among them."""
     peers: tuple[int, ...]
@@ -85,7 +83,7 @@ def place(cfg: Config, ranks: Ranks, image_size: int, sizes: tuple[int, int] | N
     `sizes`: of the run that is resumed.  Raises ConfigError: too few ranks, or a batch that does not divide.
     """
     if cfg.engine.concurrency != "split":
-        return Placement(ranks, ranks, tuple(range(len(cfg.peers))))
+        return Placement(ranks, tuple(range(len(cfg.peers))))
     if ranks.world < 2:
         raise ConfigError(f"engine.concurrency: split takes a rank a peer at least, found {ranks.world} in all")
     sizes, note = cfg.engine.split or sizes, ""
@@ -98,7 +96,7 @@ def place(cfg: Config, ranks: Ranks, image_size: int, sizes: tuple[int, int] | N
     rank, world = ranks.rank - (sizes[0] if peer else 0), sizes[peer]
     own = Ranks(rank, world, ranks.local_rank, ranks.device, group if world > 1 else None)
     alone = dist.new_group([ranks.rank], use_local_synchronization=True)
-    return Placement(ranks, own, (peer,), sizes, group, cast(dist.ProcessGroup, alone), note)
+    return Placement(own, (peer,), sizes, group, cast(dist.ProcessGroup, alone), note)
 
 
 def describe_placement(cfg: Config, placement: Placement) -> list[str]:

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.config import DataConfig, KnnConfig
+from engine.config import KnnConfig
 from engine.data.augment import AugmentPolicy
 from engine.data.catalog import open_split
 from engine.data.dataset import ImageDataset
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import plain_images
+from engine.data_config import DataConfig
 from engine.distributed import Ranks
 from kernels.collectives import gather_rows
 

@@ -7,8 +7,8 @@ import PIL
 import pytest
 from PIL import Image
 
-from engine.config import AugmentConfig
 from engine.data.augment import ORDERS, ViewParams, build_policy
+from engine.data_config import AugmentConfig
 
 exact = pytest.mark.skipif(
     int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 always resizes along rows first"

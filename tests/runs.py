@@ -1,5 +1,7 @@
 """Whole small runs that tests of several loaders make."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import distributed
+from engine import distributed, train
 from engine.config import parse_config
 from engine.trainer import Trainer
 from ranks import run_ranks
@@ -20,6 +22,14 @@ def fit(plain: dict[str, Any]) -> dict[str, Any]:
         return Trainer(parse_config(plain), ranks).fit()
     finally:
         distributed.stop()
+
+
+def command(file: Path) -> str:
+    """What engine/train.py prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert train.main(["--config", str(file)]) == 0
+    return out.getvalue()
 
 
 def rows(plain: dict[str, Any]) -> list[dict[str, Any]]:

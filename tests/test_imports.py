@@ -19,7 +19,7 @@ ORDER = [
     "kernels.augment_checks", "kernels.augment_torch", "kernels.resample_triton", "kernels.augment_triton",
     "kernels.augment",
     "kernels",
-    "engine.optimizer_config", "engine.config", "engine.distributed",
+    "engine.optimizer_config", "engine.data_config", "engine.config", "engine.distributed",
     "engine.profile_trace", "engine.profile_page", "engine.profile", "engine.batchnorm",
     "engine.data.dataset", "engine.data.encoded", "engine.data.download", "engine.data.manifest",
     "engine.data.cifar", "engine.data.stl10", "engine.data.tiny_imagenet", "engine.data.folder",

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode
 
-from engine.config import AugmentConfig
+from engine.data_config import AugmentConfig
 from kernels.philox import philox_uniforms
 
 Array = NDArray[np.floating]

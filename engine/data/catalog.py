@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 
-from engine.config import DataConfig
 from engine.data.cifar import cifar10, cifar100
 from engine.data.dataset import DataError, ImageDataset
 from engine.data.encoded import EncodedDataset
@@ -14,6 +13,7 @@ from engine.data.stl10 import stl10
 from engine.data.tfrecord import open_tfrecord
 from engine.data.tiny_imagenet import tiny_imagenet
 from engine.data.webdataset import open_webdataset
+from engine.data_config import DataConfig
 
 Split = Literal["train", "bank", "test"]
 

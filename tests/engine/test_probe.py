@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from engine import distributed, probe
-from engine.config import AugmentConfig, DataConfig, KnnConfig
+from engine.config import KnnConfig
 from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset
 from engine.data.skipped import SkippedImages
+from engine.data_config import AugmentConfig, DataConfig
 from engine.probe import KnnProbe, knn_accuracy
 from ranks import run_ranks
 

@@ -1,8 +1,6 @@
 """Profiled runs: what they write, that it is so, and that they compute the same."""
 
-import contextlib
 import gzip
-import io
 import json
 import re
 import time
@@ -15,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from engine import distributed, train
 from engine.config import Config, ConfigError, parse_config
 from engine.distributed import Ranks
 from engine.profile import OUTSIDE, PARTS, StepProfiler, breakdown, part
@@ -24,7 +21,7 @@ from engine.profile_trace import IDLE, OTHER, Bar, Breakdown, Busiest
 from engine.step import WARM_UP
 from engine.trainer import Trainer
 from ranks import run_ranks
-from runs import fit, losses
+from runs import command, fit, losses
 
 
 def profiled(settings: dict[str, Any], start: int, count: int, /, **run: Any) -> Config:
@@ -242,14 +239,6 @@ def test_ranks_communicate(settings, tmp_path, stage):
     assert "steps 1 to 2, rank 0 of 2" in (tmp_path / "run/profile/summary.txt").read_text()
 
 
-def command(file: Path) -> str:
-    """What engine/train.py prints."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert train.main(["--config", str(file)]) == 0
-    return out.getvalue()
-
-
 @pytest.mark.slow
 def test_a_resumed_run_may_be_profiled_from_then_on(settings, tmp_path):
     file, folder = tmp_path / "run.yaml", tmp_path / "run/profile"
@@ -271,15 +260,6 @@ def test_a_resumed_run_may_be_profiled_from_then_on(settings, tmp_path):
 
 
 # -- on a GPU
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    """This process's GPU, with convolutions that give the same sums every time."""
-    torch.backends.cudnn.deterministic = True
-    yield distributed.start()
-    distributed.stop()
-    torch.backends.cudnn.deterministic = False
 
 
 def trained(cfg: Config, ranks: Ranks) -> Trainer:

@@ -19,15 +19,6 @@ from ranks import run_ranks
 # -- captured
 
 
-@pytest.fixture(scope="module")
-def gpu():
-    """This process's GPU, with convolutions that give the same sums every time."""
-    torch.backends.cudnn.deterministic = True
-    yield distributed.start()
-    distributed.stop()
-    torch.backends.cudnn.deterministic = False
-
-
 class Recorded(Trainer):
     """A trainer that keeps the losses of every step."""
 

@@ -1,11 +1,8 @@
 """The loop over whole small runs: what it writes, that it learns, that ranks and views are as configured."""
 
-import contextlib
-import io
 import json
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +12,11 @@ import yaml
 from safetensors.torch import load_file
 
 import engine.trainer as trainer_module
-from engine import checkpoint, distributed, train
+from engine import checkpoint, distributed
 from engine.config import parse_config
 from engine.trainer import NonFiniteLoss, Trainer
 from ranks import run_ranks
-
-
-def fit(plain: dict[str, Any]) -> dict[str, Any]:
-    ranks = distributed.start()
-    try:
-        return Trainer(parse_config(plain), ranks).fit()
-    finally:
-        distributed.stop()
+from runs import command, fit
 
 
 def rows(plain: dict[str, Any]) -> list[dict[str, Any]]:
@@ -159,14 +149,6 @@ def test_the_learning_rate_follows_its_schedule(settings):
     # 3 steps an epoch: warm-up, then half a cosine over the other three
     expected = [1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 7.5e-3, 2.5e-3]
     np.testing.assert_allclose(rates, [(rate, 1e-3) for rate in expected], rtol=1e-6)
-
-
-def command(file: Path) -> str:
-    """What engine/train.py prints."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert train.main(["--config", str(file)]) == 0
-    return out.getvalue()
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.config import AugmentConfig
 from engine.data.augment import UNIFORMS, build_policy, uniforms
+from engine.data_config import AugmentConfig
 from kernels import augment_views, native
 from pictures import exact, mixed, noise, pillows, plain, smooth
 

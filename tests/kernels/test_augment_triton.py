@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import AugmentConfig
 from engine.data.augment import ORDERS, ViewParams, build_policy, draw_views
+from engine.data_config import AugmentConfig
 from kernels import augment_torch, augment_triton, augment_views
 from kernels.augment import new_views, scale_and_shift
 from kernels.augment_table import table_of

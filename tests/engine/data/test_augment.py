@@ -7,8 +7,8 @@ import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from engine.config import AugmentConfig
 from engine.data.augment import ORDERS, UNIFORMS, ViewParams, build_policy, permutation, uniforms
+from engine.data_config import AugmentConfig
 
 DRAWS = 20_000
 

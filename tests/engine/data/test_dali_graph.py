@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import AugmentConfig, ConfigError
+from engine.config import ConfigError
 from engine.data import dali_graph
 from engine.data.augment import AugmentPolicy, ViewParams, build_policy, draw_views
+from engine.data_config import AugmentConfig
 from kernels import augment_views, native
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

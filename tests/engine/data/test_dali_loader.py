@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import AugmentConfig
 from engine.data import dali_graph, dali_loader
 from engine.data.augment import build_policy
 from engine.data.dali_loader import DaliLoader
@@ -21,6 +20,7 @@ from engine.data.folder import open_folder
 from engine.data.order import BatchOrder
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import TorchLoader
+from engine.data_config import AugmentConfig
 from kernels import native
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -346,7 +346,7 @@ CRASHED = """
 import sys
 from pathlib import Path
 import torch
-from engine.config import AugmentConfig
+from engine.data_config import AugmentConfig
 from engine.data.augment import build_policy
 from engine.data.dali_loader import DaliLoader
 from engine.data.folder import open_folder

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import AugmentConfig, ConfigError, parse_config
+from engine.config import ConfigError, parse_config
 from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset, DataError, ImageDataset
 from engine.data.folder import open_folder
@@ -16,6 +16,7 @@ from engine.data.order import BatchOrder
 from engine.data.resident_loader import ResidentLoader, all_images
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import TorchLoader
+from engine.data_config import AugmentConfig
 from engine.distributed import Ranks
 from kernels import native
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from engine import distributed
-from engine.config import AugmentConfig
 from engine.data import skipped
 from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset, DataError, ImageDataset
@@ -18,6 +17,7 @@ from engine.data.folder import open_folder
 from engine.data.order import BatchOrder
 from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import TorchLoader, pil_image, plain_images
+from engine.data_config import AugmentConfig
 from engine.distributed import Ranks
 from ranks import run_ranks
 
