@@ -163,7 +163,10 @@ def _delimited(data: bytes, where: range, number: int) -> Iterator[range]:
 
 
 def _fields(data: bytes, where: range) -> Iterator[_Field]:
-    """The fields of a message in protobuf's wire format.  Raises ValueError: it is none."""
+    """The fields of a message in protobuf's wire format, but for those of fixed width, which nothing here has.
+
+    Raises ValueError: it is none.
+    """
     at = where.start
     while at < where.stop:
         tag, at = _varint(data, at)
@@ -181,7 +184,8 @@ def _fields(data: bytes, where: range) -> Iterator[_Field]:
             at += 8 if wire == _FIXED64 else 4
         if at > where.stop:
             raise ValueError(_NO_EXAMPLE)
-        yield _Field(number, value, content)
+        if wire in (_VARINT, _DELIMITED):
+            yield _Field(number, value, content)
 
 
 def _varints(data: bytes, where: range) -> list[int]:

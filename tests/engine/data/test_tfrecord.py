@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 from google.protobuf.message import DecodeError
+from hypothesis import example as explicit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
@@ -189,6 +190,7 @@ def test_no_truncation_within_a_record_and_no_flipped_bit_go_unseen(whole, data)
 
 
 @given(at=st.integers(0, 10_000), value=st.integers(0, 255))
+@explicit(at=330, value=13)  # a label of fixed width, which protobuf takes for an unknown field
 @settings(max_examples=500, deadline=None)
 def test_changed_records_with_right_checksums_are_read_as_protobuf_reads_them(whole, at, value):
     record = bytearray(example(image=b"bytes", label=[1, 300], other=[0.5]))
