@@ -75,7 +75,8 @@ class ArrayDataset(ImageDataset):
 
     Args:
         name: short name for logs.
-        images: uint8 [N, H, W, 3]; a read-only memory map stays one, also in worker processes.
+        images: uint8 [N, H, W, 3], or [N, H, W] of grey ones, which are given as RGB; a read-only memory map stays one,
+            also in worker processes.
         labels: integers [N], or None.
         num_classes: where it is more than the largest label tells.
 
@@ -86,10 +87,13 @@ class ArrayDataset(ImageDataset):
     def __init__(
         self, name: str, images: np.ndarray, labels: np.ndarray | None, *, num_classes: int | None = None
     ) -> None:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise DataError(f"{name}: images are {images.dtype} {list(images.shape)}; give uint8 [N, H, W, 3]")
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+            raise DataError(
+                f"{name}: images are {images.dtype} {list(images.shape)}; give uint8 [N, H, W, 3], or [N, H, W] of "
+                "grey ones"
+            )
         self.name = name
-        self.images = images
+        self.images = images if images.ndim == 4 else _rgb(images)
         self.labels = as_labels(name, labels, len(images))
         self._num_classes = num_classes
 
@@ -116,6 +120,8 @@ class ArrayDataset(ImageDataset):
         state = dict(self.__dict__)
         if (place := _place_in_file(self.images)) is not None:
             state["images"] = place
+        elif self.images.strides[3] == 0:
+            state["images"] = self.images[..., 0]  # one of three equal channels
         return state
 
     def __setstate__(self, state: dict) -> None:
@@ -124,6 +130,8 @@ class ArrayDataset(ImageDataset):
             filename, offset, shape, strides = self.images
             whole = np.memmap(filename, np.uint8, mode="r")
             self.images = np.ndarray(shape, np.uint8, buffer=whole, offset=offset, strides=strides)
+        elif self.images.ndim == 3:
+            self.images = _rgb(self.images)
 
 
 def as_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | None:
@@ -141,6 +149,11 @@ def as_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | 
 def labels_without_class(name: str) -> DataError:
     """The error of labels that have no name each."""
     return DataError(f"{name}: labels without a class name for each; give `classes`, one name a label")
+
+
+def _rgb(grey: np.ndarray) -> np.ndarray:
+    """[N, H, W, 3], read-only, of grey images [N, H, W]: the channels share their memory."""
+    return np.broadcast_to(grey[..., None], (*grey.shape, 3))
 
 
 def _place_in_file(array: np.ndarray) -> tuple[str, int, tuple[int, ...], tuple[int, ...]] | None:

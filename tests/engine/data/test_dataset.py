@@ -26,6 +26,7 @@ def test_array_dataset_gives_images_and_labels():
     [
         (np.zeros((2, 4, 4, 3), np.float32), None, "uint8"),
         (np.zeros((2, 3, 4, 4), np.uint8), None, "N, H, W, 3"),
+        (np.zeros((2, 4), np.uint8), None, r"uint8 \[2, 4\]; give .* \[N, H, W\] of grey ones"),
         (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, int), "for 2 images"),
         (np.zeros((2, 4, 4, 3), np.uint8), np.array([0, -1]), "from 0"),
         (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2), "integers"),
@@ -34,6 +35,19 @@ def test_array_dataset_gives_images_and_labels():
 def test_array_dataset_refuses(images, labels, says):
     with pytest.raises(DataError, match=says):
         ArrayDataset("bad", images, labels)
+
+
+def test_grey_images_are_given_as_rgb_and_take_their_own_memory(tmp_path):
+    grey = np.random.default_rng(2).integers(0, 256, (60, 8, 6), dtype=np.uint8)
+    np.save(tmp_path / "grey.npy", grey)
+    for given, most in ((grey, grey.nbytes + 1500), (np.load(tmp_path / "grey.npy", mmap_mode="r"), 1500)):
+        dataset = ArrayDataset("grey", given, None)
+        assert np.shares_memory(dataset.images, given) and len(pickle.dumps(dataset)) < most
+        for each in (dataset, pickle.loads(pickle.dumps(dataset))):
+            image = each.image(7)
+            assert each.images.shape == (60, 8, 6, 3) and image.flags.c_contiguous and image.flags.writeable
+            np.testing.assert_array_equal(each.images, np.stack([grey] * 3, axis=-1))
+            np.testing.assert_array_equal(image, np.stack([grey[7]] * 3, axis=-1))
 
 
 def test_memory_map_is_pickled_as_its_place_in_the_file(tmp_path):

@@ -198,6 +198,15 @@ def test_a_memory_map_of_other_axes(tmp_path, device):
         assert_same(list(loader(ResidentLoader, dataset, device, limit_gib=limit_gib).batches(0, 4)), wanted)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_grey_images(device):
+    """Three channels that are one in memory."""
+    dataset = ArrayDataset("grey", np.random.default_rng(0).integers(0, 256, (40, SIZE, SIZE), dtype=np.uint8), None)
+    wanted = list(loader(TorchLoader, dataset).batches(0, 4))
+    for limit_gib in (None, 1e-9):
+        assert_same(list(loader(ResidentLoader, dataset, device, limit_gib=limit_gib).batches(0, 4)), wanted)
+
+
 # -- on a GPU
 
 
