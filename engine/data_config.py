@@ -58,7 +58,9 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    dataset: Literal["cifar10", "cifar100", "stl10", "tiny-imagenet", "folder", "webdataset", "tfrecord"] = "cifar10"
+    dataset: Literal[
+        "cifar10", "cifar100", "stl10", "fashion-mnist", "tiny-imagenet", "folder", "webdataset", "tfrecord"
+    ] = "cifar10"
     root: Path = Path("data")
     """Folder of the data set; the named ones are downloaded there."""
     manifest: Path | None = None
@@ -74,7 +76,7 @@ class DataConfig(Section):
     """resident: the most of the GPU's memory that images may take, in GiB; a larger data set stays in the host's, from
     where each batch is copied.  Left out: half of what is free when the run starts."""
     image_size: Annotated[int, Field(ge=8)] | None = None
-    """Side of a view in pixels; left out: the data set's own (32, 32, 96, 64; folders and shards 224)."""
+    """Side of a view in pixels; left out: the data set's own (32, 32, 96, 28, 64; folders and shards 224)."""
     batch_size: Annotated[int, Field(ge=2)] = 256
     """Images of the global batch, over all ranks."""
     last_batch: Literal["drop", "fill"] = "drop"

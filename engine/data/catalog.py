@@ -8,6 +8,7 @@ import numpy as np
 from engine.data.cifar import cifar10, cifar100
 from engine.data.dataset import DataError, ImageDataset
 from engine.data.encoded import EncodedDataset
+from engine.data.fashion_mnist import fashion_mnist
 from engine.data.folder import open_folder
 from engine.data.stl10 import stl10
 from engine.data.tfrecord import open_tfrecord
@@ -19,7 +20,8 @@ Split = Literal["train", "bank", "test"]
 
 # Side of the images as they are; for the user's own, the customary side to train at.
 NATIVE_SIZE = {
-    "cifar10": 32, "cifar100": 32, "stl10": 96, "tiny-imagenet": 64, "folder": 224, "webdataset": 224, "tfrecord": 224,
+    "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28, "tiny-imagenet": 64,
+    "folder": 224, "webdataset": 224, "tfrecord": 224,
 }  # fmt: skip
 
 OWN = ("folder", "webdataset", "tfrecord")  # the user's own images; the others are published data sets
@@ -62,6 +64,8 @@ def open_dataset(
         return cifar10(root, split != "test")
     if dataset == "cifar100":
         return cifar100(root, split != "test")
+    if dataset == "fashion-mnist":
+        return fashion_mnist(root, split != "test")
     if dataset == "tiny-imagenet":
         return tiny_imagenet(root, split != "test", manifest=manifest)
     return _own(*open_own(dataset, root, manifest=manifest, shards=shards), split)
