@@ -25,7 +25,7 @@ ORDER = [
     "engine.data.cifar", "engine.data.stl10", "engine.data.fashion_mnist", "engine.data.tiny_imagenet",
     "engine.data.folder", "engine.data.shard_files", "engine.data.shards", "engine.data.crc32c",
     "engine.data.webdataset", "engine.data.tfrecord", "engine.data.catalog", "engine.data.arrays",
-    "engine.data.class_names", "engine.data.augment",
+    "engine.data.human_labels", "engine.data.class_names", "engine.data.augment",
     "engine.data.order", "engine.data.skipped", "engine.data.torch_loader", "engine.data.resident_loader",
     "engine.data.dali_graph", "engine.data.dali_loader",
     "engine.peers", "engine.placement", "engine.objectives", "engine.optimizers", "engine.engines", "engine.step",
