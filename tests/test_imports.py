@@ -30,8 +30,8 @@ ORDER = [
     "engine.data.dali_graph", "engine.data.dali_loader",
     "engine.peers", "engine.placement", "engine.objectives", "engine.optimizers", "engine.engines", "engine.step",
     "engine.checkpoint",
-    "engine.metrics", "engine.run_dir", "engine.probe", "engine.trainer", "engine.train", "engine.export",
-    "engine.scan", "engine.pack",
+    "engine.metrics", "engine.run_dir", "engine.corruption_kinds", "engine.corruptions", "engine.probe",
+    "engine.trainer", "engine.train", "engine.export", "engine.scan", "engine.pack",
 ]  # fmt: skip
 
 
