@@ -1,7 +1,9 @@
-"""Images and parameters of views that tests of several backends use."""
+"""Images and parameters of views that several tests use."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import PIL
 import pytest
@@ -23,6 +25,17 @@ def smooth(height, width):
     """Gradients with few levels between neighbours, where a rounding more or less shows."""
     y, x = np.mgrid[:height, :width]
     return np.stack((x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)), axis=-1).astype(np.uint8)
+
+
+def photos(height, width) -> np.ndarray:
+    """Five crops of the photograph that comes with matplotlib, averaged down: uint8 [5, height, width, 3]."""
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    if not path.exists():
+        pytest.skip(f"this matplotlib comes without its photograph {path}")
+    crops = [(0, 0, 500, 500), (100, 50, 400, 350), (150, 150, 350, 350), (0, 100, 500, 600), (50, 250, 400, 600)]
+    with Image.open(path) as photo:
+        parts = [photo.convert("RGB").crop(box) for box in crops]
+    return np.stack([np.asarray(part.resize((width, height), Image.Resampling.BOX)) for part in parts])
 
 
 def plain(box, **changes) -> ViewParams:
