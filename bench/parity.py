@@ -55,7 +55,9 @@ def run(provider: str, seed: int, root: str, steps: int) -> dict[str, Any]:
             trainer = Trainer(parse_config(settings(provider, seed, root, steps, os.path.join(folder, "run"))), ranks)
             if provider == DALI_GRAPH:
                 trainer.loader.native = False
-            return trainer.fit()
+            summary = trainer.fit()
+            assert summary is not None  # no time limit
+            return summary
     finally:
         distributed.stop()
 

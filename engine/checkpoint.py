@@ -37,7 +37,7 @@ FORMAT = 2
 
 # A resumed run may change these: they do not change what the steps to come compute.
 FREE_KEYS = ("run.output_dir", "run.resume", "run.save_every_steps", "run.keep_checkpoints", "run.log_every_steps",
-             "run.epochs", "run.steps", "data.root", "data.manifest", "data.shards",
+             "run.max_seconds", "run.epochs", "run.steps", "data.root", "data.manifest", "data.shards",
              "data.workers", "data.resident_gib", "engine.capture", "engine.concurrency", "engine.split",
              "engine.profile", "eval")  # fmt: skip
 

@@ -7,26 +7,22 @@ Each field states its unit and meaning after it; what a section refuses, it refu
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from yaml import YAMLError
 
 from engine.data_config import DataConfig
 from engine.optimizer_config import LAYERWISE, NonNegative, OptimizerConfig, Positive, Section
+from engine.settings import ConfigError, one_line, overridden, parse_section
 
 CAPTURABLE = ("adam", "adamw", "sgd", "lars")  # optimizers that a CUDA graph can hold
-
-
-class ConfigError(ValueError):
-    """A bad configuration: one line an error, each with the dotted key, what was given and what is allowed."""
 
 
 @contextmanager
@@ -52,6 +48,9 @@ class RunConfig(Section):
     """How many of the newest checkpoints stay."""
     log_every_steps: Annotated[int, Field(gt=0)] = 20
     """Steps between rows of metrics.jsonl; only these steps read values back from the device."""
+    max_seconds: Positive | None = None
+    """Save and stop once so many seconds have passed since this process began, at the next step that logs; the same
+    command goes on from there.  For machines that are lent for a while."""
     resume: str = "auto"
     """auto: from the newest checkpoint in output_dir where there is one; never; or a checkpoint folder."""
 
@@ -152,7 +151,8 @@ class KnnConfig(Section):
 
 
 class EvalConfig(Section):
-    knn: KnnConfig = KnnConfig()
+    knn: KnnConfig | None = KnnConfig()
+    """null: none in training; engine/evaluate.py has it and more."""
 
 
 class Config(Section):
@@ -215,6 +215,13 @@ class Config(Section):
             # Parameters that it gathers ahead belong to one stream (deepspeedai/DeepSpeed #7898).
             raise ValueError("engine.concurrency: streams takes engine.zero_stage 0 to 2, found 3; use serial or split")
 
+    def peer(self, name: str) -> PeerConfig:
+        """The peer of that name; raises ConfigError."""
+        for peer in self.peers:
+            if peer.name == name:
+                return peer
+        raise ConfigError(f"--peer: {name!r} is not in this run; allowed: {', '.join(p.name for p in self.peers)}")
+
     def not_capturable(self) -> str:
         """Why no CUDA graph can hold a step of this configuration; empty where one can."""
         if self.engine.zero_stage > 0:
@@ -254,24 +261,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise ConfigError(f"--config: cannot read {path} ({error.strerror})") from None
     except YAMLError as error:
-        raise ConfigError(f"--config: {path} is not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"--config: {path} is not valid YAML: {one_line(error)}") from None
     if not OmegaConf.is_dict(tree):
         raise ConfigError(f"--config: {path} must hold a mapping of sections")
-    for override in overrides:
-        _override(tree, override)
     try:
-        plain = OmegaConf.to_container(tree, resolve=True)
+        plain = overridden(tree, overrides)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"--config: {path}: {_one_line(error)}") from None
+        raise ConfigError(f"--config: {path}: {one_line(error)}") from None
     return parse_config(plain)
 
 
 def parse_config(plain: Any) -> Config:
     """Checks a tree of plain values; raises ConfigError."""
-    try:
-        return Config.model_validate(plain)
-    except ValidationError as error:
-        raise ConfigError(_describe_all(error)) from None
+    return parse_section(Config, plain)
 
 
 def save_config(cfg: Config, path: Path) -> None:
@@ -289,84 +291,3 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
             d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differing_keys(a, b, f"{prefix}{i}.")
         ]
     return [] if one == other else [prefix.removesuffix(".")]
-
-
-def _override(tree: Any, override: str) -> None:
-    key, equals, text = override.partition("=")
-    key = key.removeprefix("--")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{override}: an override is section.key=value")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-        OmegaConf.update(tree, key, value["value"], merge=False, force_add=True)  # type: ignore[index, call-overload]
-    except YAMLError:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
-    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
-        raise ConfigError(f"{key}: cannot be set here ({_one_line(error)})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _describe_all(error: ValidationError) -> str:
-    """One line a key; the branches of a union, each with its own complaint, share theirs."""
-    lines: list[str] = []
-    for line in dict.fromkeys(_describe(e) for e in error.errors()):
-        head, allowed, alternative = line.partition(", allowed: ")
-        if allowed and lines and lines[-1].startswith(head + allowed):
-            lines[-1] += f"; or {alternative}"
-        else:
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _describe(error: Any) -> str:
-    """One line for one pydantic error: dotted key, what was given, what is allowed."""
-    # Union branches appear in the location by their type names; only keys and indices are part of the dotted key.
-    kind, given = error["type"], error["input"]
-    last = error["loc"][-1:] if kind == "extra_forbidden" else ()
-    location = [part for part in error["loc"] if isinstance(part, int) or part in _ALL_KEYS or (part,) == last]
-    key = ".".join(map(str, location))
-    if kind == "extra_forbidden":
-        allowed = _keys_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), allowed, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{key}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{key}: is required"
-    if kind == "value_error":
-        text = str(error["ctx"]["error"])
-        return text if not key or text.startswith(("exactly", key)) else f"{key}: {text}"
-    message = error["msg"].removeprefix("Input should be ").replace("Input should", "should")
-    return f"{key}: found {given!r}, allowed: {message}"
-
-
-def _sections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """Names of the fields that hold sections (alone or in a list)."""
-    found = {}
-    for name, field in section.model_fields.items():
-        for kind in _leaf_types(field.annotation):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found[name] = kind
-    return found
-
-
-def _leaf_types(annotation: Any) -> list[Any]:
-    arguments = get_args(annotation)
-    return [leaf for argument in arguments for leaf in _leaf_types(argument)] if arguments else [annotation]
-
-
-def _keys_at(location: Sequence[str | int]) -> list[str]:
-    section: type[BaseModel] = Config
-    for part in location:
-        if isinstance(part, str):
-            section = _sections(section)[part]
-    return list(section.model_fields)
-
-
-def _all_keys(section: type[BaseModel]) -> set[str]:
-    return set(section.model_fields).union(*(_all_keys(s) for s in _sections(section).values()))
-
-
-_ALL_KEYS = _all_keys(Config)

@@ -106,6 +106,6 @@ def describe_summary(summary: dict[str, Any]) -> str:
         before, after = peer["knn_before"], peer["knn_after"]
         # Without `before`: a run that another folder's checkpoint started.
         start = "not measured" if before is None else f"{before:.1%}"
-        scores = "no labels, so no kNN" if after is None else f"kNN {start} before, {after:.1%} after"
+        scores = "no kNN (no labels, or eval.knn=null)" if after is None else f"kNN {start} before, {after:.1%} after"
         lines.append(f"peer {name} ({peer['backbone']}): {scores}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from engine import distributed
 from engine.checkpoint import CheckpointError
@@ -55,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         cfg = load_config(arguments.config, arguments.overrides)
         ranks = distributed.start()
         trainer = Trainer(cfg, ranks)
-        resumed = trainer.resume_point
         if first:
             lines = [*describe_scaling(cfg), *describe_placement(cfg, trainer.placement)]
             lines += [*describe_capture(cfg, ranks), *trainer.profiler.notes]
@@ -70,13 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         distributed.stop()
     if first:
-        if resumed is not None and resumed[1].step == summary["steps"]:
-            print(f"this run was finished already: raise run.steps to go on, or remove {cfg.run.output_dir}")
-        print(describe_summary(summary))
-        print(f"run folder: {cfg.run.output_dir}")
-        if trainer.profiler.summary is not None:
-            print(f"profile: {trainer.profiler.summary}")
+        print("\n".join(_outcome(trainer, summary)))
     return 0
+
+
+def _outcome(trainer: Trainer, summary: dict[str, Any] | None) -> list[str]:
+    """The lines that a run ends with."""
+    folder, resumed = trainer.folder, trainer.resume_point
+    if summary is None:
+        return [f"run.max_seconds: stopped with the state saved in {folder}; the same command goes on"]
+    lines = []
+    if resumed is not None and resumed[1].step == summary["steps"]:
+        lines.append(f"this run was finished already: raise run.steps to go on, or remove {folder}")
+    lines += [describe_summary(summary), f"run folder: {folder}"]
+    if trainer.profiler.summary is not None:
+        lines.append(f"profile: {trainer.profiler.summary}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config, ranks: Ranks) -> None:
-        self.cfg, self.ranks = cfg, ranks
+        self.cfg, self.ranks, self.began = cfg, ranks, time.monotonic()
         self.folder: Path = cfg.run.output_dir
         # What needs no data comes first: a slip in the configuration must not cost a download.
         self.captured = captures(cfg, ranks)
@@ -96,10 +97,12 @@ class Trainer:
             workers=workers, ranks=own, skipped=self.skipped, **self._loader_options(),
             first_view=2 * self.placement.peers[0] if per_peer else 0,
         )  # fmt: skip
-        self.knn = KnnProbe(
-            cfg.data, cfg.eval.knn, policy, workers=workers, ranks=own, skipped=self.skipped,
-        )  # fmt: skip
-        held = self.knn.queries.rejected if self.knn.queries is not None else ()
+        self.knn = None
+        if cfg.eval.knn is not None:
+            self.knn = KnnProbe(
+                cfg.data, cfg.eval.knn, policy, workers=workers, ranks=own, skipped=self.skipped,
+            )  # fmt: skip
+        held = self.knn.queries.rejected if self.knn is not None and self.knn.queries is not None else ()
         self.rejected = len({*dataset.rejected, *held})
         self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.order.steps_per_epoch
         self.data = dataset.fingerprint()
@@ -134,14 +137,15 @@ class Trainer:
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def fit(self) -> dict[str, Any]:
-        """Trains to the last step and returns the summary, which rank 0 also writes.
+    def fit(self) -> dict[str, Any] | None:
+        """Trains to the last step and returns the summary, which rank 0 also writes; None where run.max_seconds passed
+        before that, with the state saved.
 
         Raises NonFiniteLoss on all ranks.
         """
         start = self.begin()
         try:
-            if start == 0:
+            if start == 0 and self.knn is not None:
                 self._evaluate(0)
             with progress_bar("training", enabled=self.ranks.is_first) as bar:
                 task = bar.add_task("", total=self.steps, completed=start, rate="", note="")
@@ -150,9 +154,19 @@ class Trainer:
                 for batch in self.profiler.over(batches, first=start, clock=self.training):
                     note = self.train(batch)
                     bar.update(task, completed=batch.step + 1, **note)
+                    if self._out_of_time(batch.step + 1):
+                        self._save(batch.step + 1)
+                        return None
         finally:
             self.recorder.close()
         return first_rank_does(self.ranks, self._summarise)
+
+    def _out_of_time(self, done: int) -> bool:
+        """Whether run.max_seconds have passed by the first rank's clock; asked where a step waits for the host."""
+        limit = self.cfg.run.max_seconds
+        if limit is None or done == self.steps or done % self.cfg.run.log_every_steps:
+            return False
+        return first_rank_does(self.ranks, lambda: time.monotonic() - self.began > limit)
 
     def begin(self) -> int:
         """Claims the folder, restores state and clocks and opens the records; returns the number of finished steps."""
@@ -208,7 +222,8 @@ class Trainer:
             return last or (every is not None and done % every == 0)
 
         note = self._log(done, embeddings) if due(self.cfg.run.log_every_steps) else {}
-        evaluate, save = due(self.cfg.eval.knn.every_steps), due(self.cfg.run.save_every_steps)
+        knn = self.cfg.eval.knn
+        evaluate, save = knn is not None and due(knn.every_steps), due(self.cfg.run.save_every_steps)
         if evaluate or save:
             self.training.stop()
             with part(OUTSIDE):
@@ -247,6 +262,7 @@ class Trainer:
         return self.cfg.data.batch_size * (done - before) / max(now - then, 1e-9)
 
     def _evaluate(self, done: int) -> None:
+        assert self.knn is not None
         own = {}
         for engine in self.engines:
             average_buffers(engine.module, engine.ranks.group)

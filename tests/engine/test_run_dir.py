@@ -111,4 +111,4 @@ def test_data_without_labels_has_null_scores(config):
     folder.mkdir()
     summary = run_dir.write_summary(folder, config, steps=4, seconds=1.0, train_seconds=1.0)
     assert summary["peers"]["a"]["knn_before"] is summary["peers"]["a"]["knn_after"] is None
-    assert "no labels, so no kNN" in run_dir.describe_summary(summary)
+    assert "no kNN (no labels, or eval.knn=null)" in run_dir.describe_summary(summary)
