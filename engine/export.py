@@ -23,16 +23,14 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models.resnet import ResNet
-from torch import Tensor, nn
+from torch import nn
 
-from engine import checkpoint
 from engine.checkpoint import CheckpointError
-from engine.config import Config, ConfigError, PeerConfig, load_config
-from engine.data.augment import build_policy
-from engine.data.catalog import NATIVE_SIZE
-from engine.peers import build_backbone, timm_arguments
+from engine.config import ConfigError, PeerConfig, load_config
+from engine.encoders import run_encoder
+from engine.peers import timm_arguments
 
 FORMATS = ("timm", "torchvision", "dogo")
 
@@ -48,29 +46,19 @@ def export_backbone(run: Path, peer_name: str, form: str, output: Path | None = 
     checkpoint in the run, or a damaged one.
     """
     cfg = load_config(run / "config.yaml")
-    peer = _peer(cfg, peer_name)
+    peer = cfg.peer(peer_name)
     if form not in FORMATS:
         raise ConfigError(f"--format: {form!r} is unknown; allowed: {', '.join(FORMATS)}")
     _check_format(peer, form)
-    size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
-    weights = _encoder_weights(run, cfg, peer)
-    backbone, width = build_backbone(peer.backbone, image_size=size, stem=peer.stem)
-    backbone.load_state_dict(weights, strict=True)  # what is exported is what this project would run
+    encoder = run_encoder(run, cfg, peer)  # what is exported is what this project would run
+    size, (mean, std) = encoder.size, encoder.statistics
     file = output or run / "export" / f"{peer.name}_{form}" / "model.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    mean, std = build_policy(cfg.data.augment, size).statistics
-    facts = {"backbone": peer.backbone, "stem": peer.stem, "image_size": str(size), "features": str(width),
+    facts = {"backbone": peer.backbone, "stem": peer.stem, "image_size": str(size), "features": str(encoder.width),
              "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
-    save_file(weights, file, metadata=facts)
+    save_file(encoder.module.state_dict(), file, metadata=facts)
     images = f"# images: RGB in [0, 1], {size} x {size} px, minus the mean {list(mean)}, over {list(std)}"
-    return file, [*_usage(form, peer, backbone, file, size), images]
-
-
-def _peer(cfg: Config, name: str) -> PeerConfig:
-    for peer in cfg.peers:
-        if peer.name == name:
-            return peer
-    raise ConfigError(f"--peer: {name!r} is not in this run; allowed: {', '.join(p.name for p in cfg.peers)}")
+    return file, [*_usage(form, peer, encoder.module, file, size), images]
 
 
 def _check_format(peer: PeerConfig, form: str) -> None:
@@ -79,15 +67,6 @@ def _check_format(peer: PeerConfig, form: str) -> None:
     if form == "torchvision" and peer.backbone not in TORCHVISION:
         names = ", ".join(TORCHVISION)
         raise ConfigError(f"--format: torchvision knows other layers than timm for {peer.backbone}; allowed: {names}")
-
-
-def _encoder_weights(run: Path, cfg: Config, peer: PeerConfig) -> dict[str, Tensor]:
-    folder = checkpoint.newest(run / "checkpoints")
-    if folder is None:
-        raise CheckpointError(f"{run / 'checkpoints'}: no complete checkpoint there; train the run first")
-    checkpoint.verified(folder, cfg, world=None)
-    weights = load_file(checkpoint.weights_file(folder, peer.name))
-    return {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith("encoder.")}
 
 
 def _usage(form: str, peer: PeerConfig, backbone: nn.Module, file: Path, size: int) -> list[str]:

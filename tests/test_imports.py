@@ -19,7 +19,7 @@ ORDER = [
     "kernels.augment_checks", "kernels.augment_torch", "kernels.resample_triton", "kernels.augment_triton",
     "kernels.augment",
     "kernels",
-    "engine.optimizer_config", "engine.data_config", "engine.config", "engine.distributed",
+    "engine.optimizer_config", "engine.data_config", "engine.settings", "engine.config", "engine.distributed",
     "engine.profile_trace", "engine.profile_page", "engine.profile", "engine.batchnorm",
     "engine.data.dataset", "engine.data.encoded", "engine.data.download", "engine.data.manifest",
     "engine.data.cifar", "engine.data.stl10", "engine.data.fashion_mnist", "engine.data.tiny_imagenet",
@@ -30,8 +30,10 @@ ORDER = [
     "engine.data.dali_graph", "engine.data.dali_loader",
     "engine.peers", "engine.placement", "engine.objectives", "engine.optimizers", "engine.engines", "engine.step",
     "engine.checkpoint",
-    "engine.metrics", "engine.run_dir", "engine.corruption_kinds", "engine.corruptions", "engine.probe",
-    "engine.trainer", "engine.train", "engine.export", "engine.scan", "engine.pack",
+    "engine.metrics", "engine.run_dir", "engine.features", "engine.probe", "engine.trainer", "engine.train",
+    "engine.encoders", "engine.export", "engine.corruption_kinds", "engine.corruptions", "engine.evaluation_config",
+    "engine.label_sets", "engine.linear_probe", "engine.evaluation", "engine.evaluation_report", "engine.evaluate",
+    "engine.scan", "engine.pack",
 ]  # fmt: skip
 
 

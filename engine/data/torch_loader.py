@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.data.augment import AugmentPolicy, draw_views
-from engine.data.dataset import DataError, ImageDataset
+from engine.data.dataset import ArrayDataset, DataError, ImageDataset
 from engine.data.order import Batch, BatchOrder
 from engine.data.skipped import SkippedImages, readable
 from engine.distributed import Ranks
@@ -100,10 +100,23 @@ def plain_images(
     """
     mean, std = (torch.tensor(s, device=ranks.device).view(1, 3, 1, 1) * 255 for s in statistics)
     keys = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    if isinstance(dataset, ArrayDataset) and dataset.images.shape[1:3] == (size, size):
+        for key in keys:  # nothing to decode: no worker is as fast as the copy
+            images = torch.from_numpy(np.asarray(dataset.images[key])).to(ranks.device)
+            yield normalized(images, mean, std), torch.from_numpy(key)
+        return
     loader = _workers(_PlainChunks(dataset, size), keys, workers, ranks)
     for key, (images, read) in zip(keys, map(_received, _started(loader)), strict=True):
         skipped.note(dataset, torch.from_numpy(key), read)
         yield normalized(images.to(ranks.device, non_blocking=True), mean, std), read
+
+
+def plain_pixels(
+    dataset: ImageDataset, indices: NDArray[np.int64], size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The images of `plain_images` as they are, uint8 [c, S, S, 3], and the indices read, int64 [c]."""
+    found = [pil_image(dataset, int(i)) for i in indices]
+    return np.stack([_center(image, size) for image, _ in found]), np.array([index for _, index in found], np.int64)
 
 
 def _workers(chunks: Dataset, keys: Any, workers: int, ranks: Ranks) -> DataLoader:
@@ -178,11 +191,10 @@ class _PlainChunks(Dataset):
 
     def __getitem__(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor] | DataError:
         try:
-            found = [pil_image(self.dataset, int(i)) for i in indices]
+            images, read = plain_pixels(self.dataset, indices, self.size)
         except DataError as error:
             return error
-        images = np.stack([_center(image, self.size) for image, _ in found])
-        return torch.from_numpy(images), torch.tensor([index for _, index in found])
+        return torch.from_numpy(images), torch.from_numpy(read)
 
 
 def _center(image: Image.Image, size: int) -> NDArray[np.uint8]:

@@ -1,0 +1,100 @@
+"""Trained backbones, frozen: from the newest checkpoint of a run, or from a file of weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+from engine.config import Config, ConfigError, PeerConfig
+from engine.data.augment import build_policy
+from engine.data.catalog import NATIVE_SIZE
+from engine.data_config import AugmentConfig
+from engine.features import Statistics
+from engine.peers import build_backbone
+
+
+class Encoder(NamedTuple):
+    """A backbone in evaluation mode, and what its images look like."""
+
+    name: str
+    """The peer's name, or the file's."""
+    backbone: str
+    stem: str
+    module: nn.Module
+    width: int
+    size: int
+    """Side S of its images in pixels."""
+    statistics: Statistics
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """[c, 3, S, S], normalised -> [c, width] in float32."""
+        return self.module(images).float()
+
+
+def run_encoder(run: Path, cfg: Config, peer: PeerConfig) -> Encoder:
+    """The backbone of a peer from the newest checkpoint of a run, on the CPU.
+
+    Raises CheckpointError: no checkpoint in the run, or a damaged one.
+    """
+    folder = checkpoint.newest(run / "checkpoints")
+    if folder is None:
+        raise CheckpointError(f"{run / 'checkpoints'}: no complete checkpoint there; train the run first")
+    checkpoint.verified(folder, cfg, world=None)
+    held = load_file(checkpoint.weights_file(folder, peer.name))
+    weights = {key.removeprefix("encoder."): value for key, value in held.items() if key.startswith("encoder.")}
+    size = cfg.data.image_size or NATIVE_SIZE[cfg.data.dataset]
+    backbone, width = build_backbone(peer.backbone, image_size=size, stem=peer.stem)
+    backbone.load_state_dict(weights, strict=True)
+    statistics = build_policy(cfg.data.augment, size).statistics
+    return Encoder(peer.name, peer.backbone, peer.stem, backbone.eval(), width, size, statistics)
+
+
+def file_encoder(file: Path, *, backbone: str | None, image_size: int | None) -> Encoder:
+    """A backbone from safetensors: what export.py wrote, which says all by itself, or a state dict of `backbone`.
+
+    Raises ConfigError: no backbone or image size given for a file that names none, or given against one that does;
+    weights that are not this backbone's.  CheckpointError: no readable safetensors.
+    """
+    try:
+        with safe_open(file, framework="pt") as stream:
+            facts: dict[str, Any] = stream.metadata() or {}
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors ({str(error).splitlines()[0]})") from None
+    name, size, stem = _described(file, facts, backbone, image_size)
+    module, width = build_backbone(name, image_size=size, stem=stem)
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--weights: {file} does not fit --backbone {name} at {size} px ({reason[:300]})") from None
+    mean, std = build_policy(AugmentConfig(), size).statistics
+    if "mean" in facts:
+        mean, std = tuple(json.loads(facts["mean"])), tuple(json.loads(facts["std"]))
+    return Encoder(file.stem, name, stem, module.eval(), width, size, (mean, std))
+
+
+def _described(file: Path, facts: dict[str, Any], backbone: str | None, image_size: int | None) -> tuple[str, int, str]:
+    """Backbone, image size and stem: the file's own word, else the caller's."""
+    if {"backbone", "stem", "image_size"} <= facts.keys():
+        if backbone not in (None, facts["backbone"]):
+            raise ConfigError(f"--backbone: {backbone} is given, and {file} holds {facts['backbone']}; leave it out")
+        if image_size not in (None, int(facts["image_size"])):
+            raise ConfigError(
+                f"data.image_size: {image_size} is given, and {file} is for {facts['image_size']} px; leave it out"
+            )
+        return facts["backbone"], int(facts["image_size"]), facts["stem"]
+    if backbone is None:
+        raise ConfigError(f"--backbone: {file} does not say which backbone it holds; give its name")
+    if image_size is None:
+        raise ConfigError(f"data.image_size: {file} does not say for which images it is; give their side in pixels")
+    return backbone, image_size, "auto"
