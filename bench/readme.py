@@ -242,6 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loaders_h200": partial(augment_loaders, "h200"),
     "step_cpu": partial(step, "cpu"),
     "step_h200": partial(step, "h200"),
+    "photos_h200": partial(step, "h200", size=224),
     "photos_cpu": partial(step, "cpu", size=224),
     "ranks_cpu": partial(step, "cpu", ranks=2),
 }

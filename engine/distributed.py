@@ -63,9 +63,11 @@ def start() -> Ranks:
 
 
 def stop() -> None:
-    """Leaves the process group; without it gloo's threads abort the process at exit."""
+    """Leaves the process group; without it gloo's threads abort the process at exit.  `start` may follow."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # torch's own, and DeepSpeed forgets the groups that it made
 
 
 def local_world_size() -> int:

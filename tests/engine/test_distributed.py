@@ -8,6 +8,7 @@ import torch
 from engine import distributed
 from engine.distributed import seed_everything
 from ranks import run_ranks
+from runs import fit
 
 
 def attempts() -> list[str]:
@@ -44,6 +45,18 @@ def test_ranks_share_results_and_errors():
             str(rank),
             "[{'rank': 0}, {'rank': 1}]",
         ]
+
+
+def starts(settings: list) -> int:
+    """Runs in one process, each between a start and a stop."""
+    return len([fit(plain) for plain in settings])
+
+
+@pytest.mark.slow
+def test_a_process_can_start_again(settings, tmp_path):
+    settings["run"]["steps"] = 1
+    other = {**settings, "run": {**settings["run"], "output_dir": str(tmp_path / "other")}}
+    assert run_ranks(starts, 1, [settings, other]) == [2]
 
 
 def test_alone_everything_is_the_identity(alone):

@@ -138,7 +138,8 @@ def test_a_captured_step_stops_before_the_optimizer(settings, gpu):
     def poisoned(batch):
         if batch.step == WARM_UP + 4:
             with torch.no_grad():
-                next(trainer.engines[0].module.parameters()).view(-1)[0] = math.inf
+                weight = next(trainer.engines[0].module.parameters())
+                weight[(0,) * weight.ndim] = math.inf
             before.extend(value.clone() for e in trainer.engines for value in e.module.parameters())
         return train(batch)
 
