@@ -14,6 +14,7 @@ SUBJECTS = {
     "step": "source images a second of a whole DoGo step, with its loader and without, against plain PyTorch",
     "optimizer": "one LARS step over a network's tensors against other ways to write it, and fused SGD and AdamW",
     "accuracy": "whether a peer gains over the same network trained alone: pre-trains and evaluates both, in slices",
+    "probe": "seconds that probes of frozen features take",
     "claims": "RESULTS.md from the measured rows",
     "scaling": "a prediction for 1 to 1,024 GPUs from a step that was measured on one",
     "readme": "the tables of the README from the measured rows",

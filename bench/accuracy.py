@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,16 +21,18 @@ from bench import harness
 from bench.accuracy_presets import ARMS, PRESETS, SWEEP, Job
 from bench.rows import RESULTS, ROOT, Environment, Row, Stats, append_rows, environment, make_row
 from engine import distributed, evaluation_report
-from engine.config import Config, load_config
-from engine.encoders import run_encoder
+from engine.config import Config, ConfigError
+from engine.encoders import file_encoder
 from engine.evaluate import evaluate, run_settings
 from engine.evaluation import Score
 from engine.evaluation_config import EvaluationConfig
+from engine.export import export_backbone
 from engine.trainer import Trainer
 
 SEEDS = 3
 LEAST_S = 15.0  # of a slice: less time trains nothing but the set-up
 HISTORY = "trained.json"  # of a run: where it was trained, and for how long
+FINISHED = "finished.json"  # its summary, once its backbones lie beside it
 
 
 class OutOfTime(Exception):
@@ -56,11 +59,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options; raises SystemExit."""
     parser = argparse.ArgumentParser("python -m bench accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"0 ... this - 1 (default {SEEDS})")
-    parser.add_argument("--steps", type=int, help="of each run, in place of the preset's")
-    parser.add_argument("--epochs", type=int, help="the same in epochs")
+    parser.add_argument("--seeds", type=_count, default=SEEDS, help=f"0 ... this - 1 (default {SEEDS})")
+    parser.add_argument("--steps", type=_count, help="of each run, in place of the preset's")
+    parser.add_argument("--epochs", type=_count, help="the same in epochs")
     parser.add_argument("--sweep", action="store_true", help="other weights and temperatures of the distillation too")
     parser.add_argument("--seconds", type=float, help="stop in good order after so long; the same command goes on")
+    parser.add_argument("--train-only", action="store_true", help="leave evaluation to the same command without this")
     parser.add_argument("--state", type=Path, default=ROOT / "runs" / "accuracy", help="folder of runs and weights")
     parser.add_argument("--root", type=Path, help="data.root")
     parser.add_argument("--train", action="append", default=[], metavar="KEY=VALUE", help="changes the configuration")
@@ -73,7 +77,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.steps is not None and options.epochs is not None:
         parser.error("--steps and --epochs: give one")
+    try:  # before any run, all of which would come to the same
+        settings(options.preset, jobs(options)[0].config(options.state, root=options.root, max_seconds=None), given)
+    except ConfigError as error:
+        parser.error(str(error))
     return options
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is less than 1")
+    return count
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
@@ -96,11 +111,12 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 def pretrain(job: Job, options: argparse.Namespace, ranks: distributed.Ranks, clock: Clock, env: Environment) -> Path:
     """Trains what is missing of a run and returns its folder; raises OutOfTime with its state saved."""
     folder = job.folder(options.state)
-    if (folder / "summary.json").exists():
+    if (folder / FINISHED).exists():
         return folder
     left = clock.left()
     began = time.perf_counter()
-    trainer = Trainer(job.config(options.state, root=options.root, max_seconds=left), ranks)
+    cfg = job.config(options.state, root=options.root, max_seconds=left)
+    trainer = Trainer(cfg, ranks)
     summary = trainer.fit()
     del trainer  # its graphs and weights, before the next takes their place
     gc.collect()
@@ -108,7 +124,21 @@ def pretrain(job: Job, options: argparse.Namespace, ranks: distributed.Ranks, cl
     _note(folder, env, time.perf_counter() - began)
     if summary is None:
         raise OutOfTime
+    _keep_encoders(folder, cfg)
     return folder
+
+
+def _keep_encoders(folder: Path, cfg: Config) -> None:
+    """Of a finished run the backbones stay, which is all that an evaluation needs: small enough to be moved."""
+    for peer in cfg.peers:
+        export_backbone(folder, peer.name, "dogo", encoder_file(folder, peer.name))
+    (folder / "summary.json").rename(folder / FINISHED)
+    shutil.rmtree(folder / "checkpoints")
+
+
+def encoder_file(folder: Path, peer: str) -> Path:
+    """The backbone of a peer of a finished run."""
+    return folder / f"{peer}.safetensors"
 
 
 def _note(folder: Path, env: Environment, seconds: float) -> None:
@@ -144,9 +174,10 @@ def assess(job: Job, folder: Path, options: argparse.Namespace, clock: Clock, en
         return []
     clock.left(_longest_evaluation(options.state))
     began = time.perf_counter()
-    cfg = load_config(folder / "config.yaml")
+    cfg = job.config(options.state, root=options.root, max_seconds=None)  # data lie elsewhere on another machine
     asked = settings(job.preset, cfg, options.evaluation)
-    scores = evaluate([run_encoder(folder, cfg, peer) for peer in cfg.peers], asked, env.device)
+    encoders = [file_encoder(encoder_file(folder, peer.name), backbone=None, image_size=None) for peer in cfg.peers]
+    scores = evaluate(encoders, asked, env.device)
     seconds = round(time.perf_counter() - began, 1)
     plain = asked.model_dump(mode="json")
     evaluation_report.write(out, scores, {"settings": plain, "device": env.device_name, "seconds": seconds})
@@ -161,7 +192,7 @@ def _longest_evaluation(state: Path) -> float:
 
 def rows_of(job: Job, folder: Path, scores: list[Score], env: Environment) -> list[Row]:
     """A row a score, and one of the seconds that training took; of the machine that trained the run last."""
-    history, summary = json.loads((folder / HISTORY).read_text()), json.loads((folder / "summary.json").read_text())
+    history, summary = json.loads((folder / HISTORY).read_text()), json.loads((folder / FINISHED).read_text())
     last = history[-1]
     trained = replace(
         env, folder=last["results"], device_name=last["device"], torch=last["torch"], triton=last["triton"],
@@ -202,7 +233,7 @@ def collect(options: argparse.Namespace, ranks: distributed.Ranks, env: Environm
     try:
         for job in todo:
             folder = pretrain(job, options, ranks, clock, env)
-            rows = assess(job, folder, options, clock, env)
+            rows = [] if options.train_only else assess(job, folder, options, clock, env)
             done += 1
             print(f"{done} of {len(todo)}: {job.preset}, {job.arm.folder}, seed {job.seed}", flush=True)
             if rows and not options.no_write:

@@ -11,6 +11,7 @@ from bench.rows import ROOT
 from engine.config import Config, parse_config
 from engine.settings import overridden
 
+LOG_STEPS = 50  # rows wait for the device; a slice ends at one of them
 LABELLED = ["knn", "linear", "few", "noisy"]
 
 
@@ -86,7 +87,7 @@ class Job(NamedTuple):
         plain = yaml.safe_load((ROOT / "configs" / f"{preset.config}.yaml").read_text())
         plain["run"] = {
             "output_dir": str(self.folder(state)), "seed": self.seed, self.budget[0]: self.budget[1],
-            "keep_checkpoints": 1, "max_seconds": max_seconds,
+            "keep_checkpoints": 1, "max_seconds": max_seconds, "log_every_steps": LOG_STEPS,
         }  # fmt: skip
         plain["distill"] = {**plain.get("distill", {}), "weight": self.arm.weight, "tau": self.arm.tau}
         plain["eval"] = {"knn": None}  # what comes behind a run tells more
