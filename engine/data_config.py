@@ -15,6 +15,11 @@ SHARDED = ("webdataset", "tfrecord")
 ENCODED = ("tiny-imagenet", "folder", *SHARDED)  # data sets of encoded images, a file or a record each
 
 
+Dataset = Literal[
+    "cifar10", "cifar100", "stl10", "fashion-mnist", "tiny-imagenet", "folder", "webdataset", "tfrecord"
+]  # fmt: skip
+
+
 class AugmentConfig(Section):
     """Changes to an augmentation preset; a field left out keeps the preset's value (engine/data/augment.py)."""
 
@@ -58,9 +63,7 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    dataset: Literal[
-        "cifar10", "cifar100", "stl10", "fashion-mnist", "tiny-imagenet", "folder", "webdataset", "tfrecord"
-    ] = "cifar10"
+    dataset: Dataset = "cifar10"
     root: Path = Path("data")
     """Folder of the data set; the named ones are downloaded there."""
     manifest: Path | None = None

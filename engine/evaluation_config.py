@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from engine.corruptions import CORRUPTIONS
-from engine.data_config import DataConfig
+from engine.data_config import DataConfig, Dataset
 from engine.optimizer_config import NonNegative, Positive, Section
 
 Protocol = Literal["knn", "linear", "official", "few", "noisy", "ood", "transfer", "corruptions"]
@@ -54,7 +54,7 @@ class OtherData(Section):
 
     name: str
     """In the tables."""
-    dataset: str | None = None
+    dataset: Dataset | None = None
     """As data.dataset."""
     root: Path = Path("data")
     file: Path | None = None
@@ -63,7 +63,8 @@ class OtherData(Section):
     @model_validator(mode="after")
     def _one_source(self) -> OtherData:
         if (self.dataset is None) == (self.file is None):
-            raise ValueError(f"{self.name}: exactly one of dataset and file is needed")
+            found = "neither" if self.file is None else "both"
+            raise ValueError(f"{self.name}: exactly one of dataset and file is needed, found {found}")
         return self
 
 
@@ -102,11 +103,23 @@ class EvaluationConfig(Section):
     transfer: tuple[OtherData, ...] = ()
     corruptions: CorruptionsConfig = CorruptionsConfig()
 
+    @field_validator("protocols")
+    @classmethod
+    def _once(cls, value: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"each at most once, found {', '.join(value)}")
+        return value
+
     @model_validator(mode="after")
-    def _has_data(self) -> EvaluationConfig:
+    def _has_work(self) -> EvaluationConfig:
         for name in ("ood", "transfer"):
             if name in self.protocols and not getattr(self, name):
                 raise ValueError(f"{name}: the protocol needs data, e.g. {name}=[{{name: x, dataset: stl10}}]")
+            names = [other.name for other in getattr(self, name)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{name}: names must differ, found {', '.join(names)}")
+        if "noisy" in self.protocols and self.noisy.human is None and not (self.noisy.kinds and self.noisy.rates):
+            raise ValueError("noisy: the protocol needs kinds and rates, or human labels")
         for other in self.transfer:
             if other.file is not None:
                 raise ValueError(

@@ -14,6 +14,9 @@ from yaml import YAMLError
 
 from engine.optimizer_config import Section
 
+# pydantic's names for what YAML calls otherwise.
+_SHAPES = {"tuple_type": "a list, [...]", "model_type": "a mapping, {key: value, ...}"}
+
 
 class ConfigError(ValueError):
     """A bad configuration: one line an error, each with the dotted key, what was given and what is allowed."""
@@ -59,7 +62,11 @@ def one_line(error: Exception) -> str:
 def _describe_all(error: ValidationError, kind: type[BaseModel]) -> str:
     """One line a key; the branches of a union, each with its own complaint, share theirs."""
     lines: list[str] = []
-    for line in dict.fromkeys(_describe(e, kind) for e in error.errors()):
+    errors = error.errors()
+    inner = {e["loc"][:i] for e in errors for i in range(len(e["loc"]))}
+    # A list with a mistake in it reads as one that lacks the entry, too.
+    errors = [e for e in errors if e["type"] != "too_short" or e["loc"] not in inner]
+    for line in dict.fromkeys(_describe(e, kind) for e in errors):
         head, allowed, alternative = line.partition(", allowed: ")
         if allowed and lines and lines[-1].startswith(head + allowed):
             lines[-1] += f"; or {alternative}"
@@ -86,6 +93,10 @@ def _describe(error: Any, section: type[BaseModel]) -> str:
     if kind == "value_error":
         text = str(error["ctx"]["error"])
         return text if not key or text.startswith(("exactly", key)) else f"{key}: {text}"
+    if kind in _SHAPES:
+        return f"{key}: found {given!r}, allowed: {_SHAPES[kind]}"
+    if kind == "too_short":
+        return f"{key}: found {given!r}, allowed: at least {error['ctx']['min_length']}"
     message = error["msg"].removeprefix("Input should be ").replace("Input should", "should")
     return f"{key}: found {given!r}, allowed: {message}"
 
