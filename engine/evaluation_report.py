@@ -45,7 +45,8 @@ def show(scores: Sequence[Score]) -> None:
     table = Table(*header[:2], *(Column(name, justify="right") for name in header[2:]))
     for line in lines:
         table.add_row(*line)
-    Console(width=100).print(table)
+    # As wide as its cells: a narrower one loses their ends.  Names of data sets are text, not rich's markup.
+    Console(width=10_000, markup=False).print(table)
 
 
 def as_markdown(scores: Sequence[Score]) -> str:
@@ -125,7 +126,8 @@ def _draw_noisy(figure: Any, scores: list[Score]) -> None:
         for score in own:
             if score.setting.startswith("human"):
                 axis.axhline(100 * score.mean, color="0.7", linewidth=0.6)
-                axis.annotate(f"{score.setting}, {score.peer}", (20, 100 * score.mean), fontsize=6, color="0.4")
+                place = {"xy": (0.01, 100 * score.mean), "xycoords": axis.get_yaxis_transform()}  # whatever the rates
+                axis.annotate(f"{score.setting}, {score.peer}", fontsize=6, color="0.4", **place)
     _finish(axis, "wrong labels, %")
 
 
@@ -172,4 +174,5 @@ def _finish(axis: Any, label: str) -> None:
     axis.set_xlabel(label)
     axis.set_ylabel("accuracy, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.get_legend_handles_labels()[1]:  # labels by people alone have theirs at the line
+        axis.legend(fontsize=8)
