@@ -78,7 +78,7 @@ def file_encoder(file: Path, *, backbone: str | None, image_size: int | None) ->
         reason = " ".join(str(error).split())
         raise ConfigError(f"--weights: {file} does not fit --backbone {name} at {size} px ({reason[:300]})") from None
     mean, std = build_policy(AugmentConfig(), size).statistics
-    if "mean" in facts:
+    if {"mean", "std"} <= facts.keys():
         mean, std = tuple(json.loads(facts["mean"])), tuple(json.loads(facts["std"]))
     return Encoder(file.stem, name, stem, module.eval(), width, size, (mean, std))
 
