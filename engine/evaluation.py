@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from engine.data.arrays import open_arrays
 from engine.data.catalog import Split, open_dataset, open_split
-from engine.data.class_names import class_map
+from engine.data.class_names import class_map, class_names
 from engine.data.dataset import DataError, ImageDataset
 from engine.data.human_labels import KINDS, cifar10n
 from engine.data.torch_loader import normalized, plain_pixels
@@ -158,7 +158,7 @@ class Evaluation:
                 part = self.train.at(places)
                 probe = self._probe(part, part.labels[None], draw, self.classes)
                 values += probe.accuracy(self.test.features, self.test.labels)
-            yield self._score("few", values, setting=f"{share:.0%}", train=len(places))
+            yield self._score("few", values, setting=_percent(share), train=len(places))
 
     def _noisy(self) -> Iterator[Score]:
         clean = self.train.labels.cpu().numpy()
@@ -169,7 +169,7 @@ class Evaluation:
             for i, kind in enumerate(self.cfg.noisy.kinds):
                 make = symmetric_noise if kind == "symmetric" else pairflip_noise
                 for j, rate in enumerate(self.cfg.noisy.rates):
-                    sets[f"{kind} {rate:.0%}"] = make(clean, rate, self.classes, self._rng(draw, i, j))
+                    sets[f"{kind} {_percent(rate)}"] = make(clean, rate, self.classes, self._rng(draw, i, j))
             labels = torch.from_numpy(np.stack(list(sets.values()))).to(self.train.labels.device)
             probe = self._probe(self.train, labels, draw, self.classes)
             for name, value in zip(sets, probe.accuracy(self.test.features, self.test.labels), strict=True):
@@ -200,10 +200,11 @@ class Evaluation:
         dataset = _opened(other, "test")
         found = self._features(dataset)
         if other.dataset is not None:
-            mapping = class_map(self.cfg.data.dataset, other.dataset)
-            translated = torch.full((int(found.labels.max()) + 1,), -1, dtype=torch.int64)
-            for theirs, ours in mapping.items():
-                translated[theirs] = ours
+            ours = class_names(self.cfg.data.dataset, self._test_images)
+            theirs = class_names(other.dataset, dataset)
+            translated = torch.full((len(theirs),), -1, dtype=torch.int64)
+            for label, own in class_map(ours, theirs).items():
+                translated[label] = own
             labels = translated.to(found.labels.device)[found.labels]
             found = found._replace(labels=labels).at((labels >= 0).cpu())
         among = found.labels.unique()
@@ -248,6 +249,11 @@ class Evaluation:
         mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) * 255 for s in self.encoder.statistics)
         parts = torch.from_numpy(pixels).split(FEATURE_BATCH)
         return torch.cat([self.encoder.features(normalized(part.to(device), mean, std)) for part in parts])
+
+
+def _percent(share: float) -> str:
+    """0.125 -> 12.5%: two shares never have one name."""
+    return f"{100 * share:.10g}%"
 
 
 def _random_split(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -99,7 +99,7 @@ class EvaluationConfig(Section):
     few: FewConfig = FewConfig()
     noisy: NoisyConfig = NoisyConfig()
     ood: tuple[OtherData, ...] = ()
-    """Labels are the training data's: by position in a file, by name between published data sets."""
+    """Labels are the training data's: by position in a file, by the classes' names elsewhere."""
     transfer: tuple[OtherData, ...] = ()
     corruptions: CorruptionsConfig = CorruptionsConfig()
 

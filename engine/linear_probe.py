@@ -157,14 +157,17 @@ def official_probe(
     n, batch = train.shape[1], min(OFFICIAL_BATCH, train.shape[1])
     best = [(-1.0, weight[g].detach().clone(), bias[g].detach().clone()) for g in range(G)]
     plain = torch.zeros(F, device=features.device), torch.ones(F, device=features.device)
+    minus = features.new_full((), -1.0).expand(G, batch, 1)
     for epoch in range(epochs):
         orders = [_batches(n, batch, n // batch, (seed * epochs + epoch) * G + g) for g in range(G)]
-        for rows in torch.stack(orders, dim=1).to(features.device):  # [G, B] a step
-            images = train.gather(1, rows)
-            logits = torch.baddbmm(bias[:, None], features[images], weight)
-            # The mean of each classifier by itself: a sum over them keeps their gradients apart.
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[images].flatten(), reduction="sum")
-            weight.grad, bias.grad = torch.autograd.grad(loss / batch, (weight, bias))
+        order = torch.stack(orders).to(train.device)  # [G, steps, B]
+        images = train.gather(1, order.flatten(1)).view(order.shape)
+        for rows in images.unbind(dim=1):
+            inputs = features[rows]
+            # The gradient of softmax cross-entropy, each classifier's by itself; autograd would double the operations.
+            p = torch.baddbmm(bias.detach()[:, None], inputs, weight.detach()).softmax(dim=2)
+            gradient = p.scatter_add_(2, labels[rows][:, :, None], minus).div_(batch)
+            weight.grad, bias.grad = inputs.transpose(1, 2) @ gradient, gradient.sum(dim=1)
             optimizer.step()
         for g in range(G):
             now = LinearProbe(*plain, weight.detach()[g : g + 1], bias.detach()[g : g + 1], (), ())

@@ -1,6 +1,9 @@
 """The classes of published data sets by name, so that a classifier of one can be asked about another's images."""
 
-from engine.data.dataset import DataError
+from collections.abc import Sequence
+
+from engine.data.dataset import DataError, ImageDataset
+from engine.data.encoded import EncodedDataset
 
 # In the official order of the labels: a class stands at its label (of STL-10, whose files count from 1, one less).
 CLASS_NAMES: dict[str, tuple[str, ...]] = {
@@ -14,25 +17,33 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
 _SAME = {"automobile": "car"}  # two names of one class
 
 
-def class_map(source: str, target: str) -> dict[int, int]:
-    """Label of `target` -> label of `source`, for the classes that both have.
+def class_names(kind: str, dataset: ImageDataset) -> tuple[str, ...]:
+    """Names of the classes of a data set, by label: its own (folders, shards), or those published for its `kind`.
 
-    Args:
-        source, target: keys of CLASS_NAMES.
-
-    Raises:
-        DataError: a data set whose classes have no names here, or two that share none.
+    Raises DataError: none are known.
     """
-    for dataset in (source, target):
-        if dataset not in CLASS_NAMES:
-            raise DataError(f"{dataset}: the names of its classes are not known; give one of {', '.join(CLASS_NAMES)}")
-    label_of = {_SAME.get(name, name): label for label, name in enumerate(CLASS_NAMES[source])}
+    if isinstance(dataset, EncodedDataset) and dataset.classes is not None:
+        return dataset.classes
+    if kind not in CLASS_NAMES:
+        raise DataError(
+            f"{kind}: the names of its classes are not known; known are {', '.join(CLASS_NAMES)} and folders'"
+        )
+    return CLASS_NAMES[kind]
+
+
+def class_map(source: Sequence[str], target: Sequence[str]) -> dict[int, int]:
+    """Label of `target` -> label of `source`, for the classes that both have, by the names of all their classes.
+
+    Raises DataError: they share none.
+    """
+    label_of = {_SAME.get(name, name): label for label, name in enumerate(source)}
     shared = {
-        label: label_of[name]
-        for label, name in enumerate(_SAME.get(name, name) for name in CLASS_NAMES[target])
-        if name in label_of
+        label: label_of[name] for label, name in enumerate(_SAME.get(name, name) for name in target) if name in label_of
     }
     if not shared:
-        theirs, wanted = ", ".join(CLASS_NAMES[source]), ", ".join(CLASS_NAMES[target])
-        raise DataError(f"{source} and {target} share no class ({theirs}; {wanted}); give two that do")
+        raise DataError(f"no class is shared ({_few(source)}; {_few(target)}); give data sets that have some in common")
     return shared
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
