@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from engine import checkpoint, distributed
 from engine.config import parse_config
 from engine.trainer import NonFiniteLoss, Trainer
 from ranks import run_ranks
-from runs import command, fit
+from runs import command, fit, losses
 
 
 def rows(plain: dict[str, Any]) -> list[dict[str, Any]]:
@@ -234,3 +235,41 @@ def test_a_non_finite_loss_stops_every_rank_before_the_optimizer(settings, tmp_p
     settings["run"].update(resume=str(folder), output_dir=str(tmp_path / "replay"))
     replayed = run_ranks(stop, world, settings)[0][0]
     assert f"the loss of step {step + 1} is not finite" in replayed
+
+
+def in_slices(plain: dict[str, Any]) -> list[Any]:
+    """Summaries of a run that stops at every step that logs, until it is through."""
+    ranks = distributed.start()
+    found: list[Any] = []
+    try:
+        while len(found) < 20 and (not found or found[-1] is None):
+            found.append(Trainer(parse_config(plain), ranks).fit())
+    finally:
+        distributed.stop()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_in_slices_is_the_run(settings, tmp_path, world):
+    settings["run"].update(steps=5, log_every_steps=2)
+    run_ranks(fit, world, settings)
+    whole = losses(settings)
+    sliced = {**settings, "run": {**settings["run"], "output_dir": str(tmp_path / "slices"), "max_seconds": 1e-6}}
+    for found in run_ranks(in_slices, world, sliced):
+        assert found[:2] == [None, None] and found[2]["steps"] == 5 and len(found) == 3, (
+            "at steps 2 and 4, then the end"
+        )
+    assert losses(sliced) == whole
+    last = "checkpoints/step_00000005/peer_a.safetensors"
+    one, other = (load_file(Path(plain["run"]["output_dir"], last)) for plain in (settings, sliced))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_run_without_knn(settings, tmp_path, capsys):
+    settings["eval"] = {"knn": None}
+    summary = run_ranks(fit, 1, settings)[0]
+    assert summary["peers"]["a"] == {"backbone": "wrn-10-1", "knn_before": None, "knn_after": None}
+    rows = Path(settings["run"]["output_dir"], "metrics.jsonl").read_text()
+    assert "knn" not in rows and "loss/a" in rows
