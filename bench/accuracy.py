@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,8 @@ from bench import harness
 from bench.accuracy_presets import ARMS, PRESETS, SWEEP, Job
 from bench.rows import RESULTS, ROOT, Environment, Row, Stats, append_rows, environment, make_row
 from engine import distributed, evaluation_report
-from engine.config import Config, ConfigError
+from engine.config import Config, ConfigError, differing_keys
+from engine.data.dataset import DataError
 from engine.encoders import file_encoder
 from engine.evaluate import evaluate, run_settings
 from engine.evaluation import Score
@@ -170,18 +172,28 @@ def settings(preset: str, cfg: Config, given: list[str]) -> EvaluationConfig:
 def assess(job: Job, folder: Path, options: argparse.Namespace, clock: Clock, env: Environment) -> list[Row]:
     """Evaluates the peers of a finished run; its rows, none where that was done before."""
     out = folder / "evaluation"
+    cfg = job.config(options.state, root=options.root, max_seconds=None)  # data lie elsewhere on another machine
+    asked = settings(job.preset, cfg, options.evaluation)
     if (out / "scores.json").exists():
+        _check_same(out, asked)
         return []
     clock.left(_longest_evaluation(options.state))
     began = time.perf_counter()
-    cfg = job.config(options.state, root=options.root, max_seconds=None)  # data lie elsewhere on another machine
-    asked = settings(job.preset, cfg, options.evaluation)
     encoders = [file_encoder(encoder_file(folder, peer.name), backbone=None, image_size=None) for peer in cfg.peers]
     scores = evaluate(encoders, asked, env.device)
     seconds = round(time.perf_counter() - began, 1)
     plain = asked.model_dump(mode="json")
     evaluation_report.write(out, scores, {"settings": plain, "device": env.device_name, "seconds": seconds})
     return rows_of(job, folder, scores, env)
+
+
+def _check_same(out: Path, asked: EvaluationConfig) -> None:
+    """Raises ConfigError: a run was evaluated before with other settings, files and folders apart."""
+    done = json.loads((out / "scores.json").read_text())["settings"]
+    places = ("data", "noisy.human", "ood", "transfer")
+    keys = [key for key in differing_keys(done, asked.model_dump(mode="json")) if not key.startswith(places)]
+    if keys:
+        raise ConfigError(f"{out}: evaluated before with other {', '.join(keys)}; remove that folder, or give the same")
 
 
 def _longest_evaluation(state: Path) -> float:
@@ -254,6 +266,9 @@ def main(argv: list[str]) -> int:
     ranks = distributed.start()
     try:
         missing = collect(options, ranks, env)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         distributed.stop()
     if missing:

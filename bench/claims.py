@@ -7,10 +7,14 @@ differences within a seed; their interval is Student's, at 95 %.
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from bench import claims_picture
 from bench.accuracy_presets import DOGO
 from bench.readme import markdown
 from bench.rows import RESULTS, ROOT, Row, read_rows
@@ -20,6 +24,9 @@ PAGE = ROOT / "RESULTS.md"
 # 97.5 % quantiles of Student's t by degrees of freedom, any table of it has them.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
+# Of a row's command: with others it is another measurement.
+SETTINGS = ("seed=", "draws=", "knn.", "linear.", "corruptions.images=")
+
 # What the abstract says (Bhat, Arani & Zonooz 2021, arXiv 2104.09866), and the scores that would show it.
 CLAIMS = {
     "better features than the same network trained alone": ("linear", "knn", "official"),
@@ -27,6 +34,7 @@ CLAIMS = {
     "also with noisy labels": ("noisy",),
     "also out of distribution": ("ood", "transfer", "corruptions"),
 }
+VERDICTS = ("gain", "no difference seen", "loss", "one seed")
 YARDSTICKS = (
     ("ResNet-18, SimCLR, 1,000 epochs, linear", "90.7 %", "solo-learn"),
     ("ResNet-18, SimCLR, 200 epochs, kNN (k = 200)", "84.8 %", "lightly"),
@@ -39,6 +47,8 @@ class Key(NamedTuple):
     preset: str
     steps: int
     changes: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    """Settings of the probes that change their scores."""
 
 
 class Gain(NamedTuple):
@@ -95,7 +105,8 @@ def measured(device: str) -> list[Row]:
 
 def key_of(row: Row) -> Key:
     """The comparison that a row belongs to."""
-    return Key(row.case["preset"], row.case["steps"], tuple(row.case["changes"]))
+    given = [word for word in shlex.split(row.command) if word.startswith(SETTINGS)]
+    return Key(row.case["preset"], row.case["steps"], tuple(row.case["changes"]), tuple(sorted(given)))
 
 
 def by_seed(rows: Iterable[Row], weight: float, tau: float, **where: object) -> dict[int, float]:
@@ -128,7 +139,8 @@ def page(devices: Sequence[str]) -> str:
         "`bench/results/*/accuracy.jsonl`; every figure is a row there.\n",
         "Each seed is run twice, with the distillation's weight at 0 and above: the same weights at the start, views, "
         "batches and steps.  A gain is the difference within a seed, ± half of its 95 % interval (Student's t over "
-        "seeds); a gain within its interval is no difference seen.\n",
+        "seeds); a gain within its interval is no difference seen.  Scores of one run depend on each other, so that "
+        "many gains are not many proofs.\n",
     ]
     found = {device: rows for device in devices if (rows := measured(device))}
     parts.append(_claims(found))
@@ -149,7 +161,7 @@ def _claims(found: dict[str, list[Row]]) -> str:
                 gains = list(_gains(own, protocols))
                 if gains:
                     lines.append([_title(device, key), claim, *_verdicts(gains)])
-    header = ["setting", "claim", "scores", "gain", "no difference seen", "loss", "mean gain"]
+    header = ["setting", "claim", "scores", *VERDICTS, "mean gain"]
     return "## The claims\n\n" + markdown(header, lines)
 
 
@@ -169,30 +181,45 @@ def _gains(rows: list[Row], protocols: Sequence[str]) -> Iterable[Gain]:
 
 
 def _verdicts(gains: list[Gain]) -> list[str]:
-    count = {verdict: sum(g.verdict == verdict for g in gains) for verdict in ("gain", "no difference seen", "loss")}
+    count = {verdict: sum(g.verdict == verdict for g in gains) for verdict in VERDICTS}
     mean = statistics.fmean(g.mean for g in gains)
     return [str(len(gains)), *map(str, count.values()), f"{100 * mean:+.1f}"]
 
 
 def _title(device: str, key: Key) -> str:
-    changes = f", {' '.join(key.changes)}" if key.changes else ""
+    changes = "".join(f", {change}" for change in (*key.changes, *key.evaluation))
     return f"`{key.preset}`, {key.steps:,} steps{changes}, {device}"
 
 
 def _section(device: str, key: Key, rows: list[Row]) -> str:
     """All scores of one comparison."""
-    peers = dict.fromkeys((row.case["peer"], row.case["backbone"]) for row in rows if row.metric == "accuracy")
-    lines = []
-    for protocol, setting in dict.fromkeys(
-        (row.case["protocol"], row.case["setting"]) for row in rows if row.metric == "accuracy"
-    ):
-        for peer, backbone in peers:
-            found = gain(rows, *DOGO, protocol=protocol, setting=setting, peer=peer)
-            if found is not None:
-                lines.append([f"{protocol} {setting}".strip(), f"{peer} ({backbone})", *_cells(found)])
+    lines = [[score, peer, *_cells(found)] for (score, peer), found in every_gain(rows).items()]
     table = markdown(["score, %", "peer", "alone", "distilling", "gain", "seeds", "says"], lines)
-    parts = [f"## {_title(device, key)}\n", table, _sweep(rows), _source(rows)]
+    picture = f"![Gains]({picture_of(device, key).relative_to(RESULTS.parents[1])})\n" if lines else ""
+    parts = [f"## {_title(device, key)}\n", table, picture, _sweep(rows), _source(rows)]
     return "\n".join(part for part in parts if part)
+
+
+def every_gain(rows: Sequence[Row]) -> dict[tuple[str, str], Gain]:
+    """(score, peer) -> its gain by the method's own distillation."""
+    peers = dict.fromkeys((row.case["peer"], row.case["backbone"]) for row in rows if row.metric == "accuracy")
+    scores = dict.fromkeys(
+        (row.case["protocol"], row.case["setting"]) for row in rows if row.metric == "accuracy"
+    )  # fmt: skip
+    found = {
+        (f"{protocol} {setting}".strip(), f"{peer} ({backbone})"): gain(
+            rows, *DOGO, protocol=protocol, setting=setting, peer=peer
+        )
+        for protocol, setting in scores
+        for peer, backbone in peers
+    }
+    return {key: own for key, own in found.items() if own is not None}
+
+
+def picture_of(device: str, key: Key) -> Path:
+    """Where the picture of a comparison lies."""
+    words = [key.preset, f"{key.steps}steps", *key.changes, *key.evaluation]
+    return RESULTS / device / ("accuracy-" + re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()) + ".png")
 
 
 def _cells(found: Gain) -> list[str]:
@@ -243,7 +270,15 @@ def _yardsticks() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Writes RESULTS.md."""
+    """Writes RESULTS.md and its pictures."""
     argparse.ArgumentParser("python -m bench claims", description=__doc__.splitlines()[0]).parse_args(argv)
-    PAGE.write_text(page(sorted(path.name for path in RESULTS.iterdir() if path.is_dir())))
+    devices = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+    PAGE.write_text(page(devices))
+    for device in devices:
+        rows = measured(device)
+        for key in dict.fromkeys(map(key_of, rows)):
+            own = every_gain([row for row in rows if key_of(row) == key])
+            points = {which: (100 * g.mean, 100 * (g.half_width or 0)) for which, g in own.items()}
+            if points:
+                claims_picture.draw(points, _title(device, key).replace("`", ""), picture_of(device, key))
     return 0

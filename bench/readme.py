@@ -231,6 +231,18 @@ def optimizer_h200() -> str:
     return markdown(header, lines) + _sources(rows)
 
 
+def probes() -> str:
+    """Seconds of probes of 50,000 features, by device."""
+    held = {device: newest(read_rows(RESULTS / device / "probe.jsonl")) for device in ("h200", "cpu")}
+    protocols = dict.fromkeys(row.case["protocol"] for rows in held.values() for row in rows)
+    lines = []
+    for protocol in protocols:
+        times = [_p50(rows, "engine", "seconds", protocol=protocol) for rows in held.values()]
+        lines.append([protocol, *("-" if seconds is None else f"{_digits(seconds)} s" for seconds in times)])
+    header = ["50,000 images, 512 features, 10 classes", *(rows[-1].device_name for rows in held.values())]
+    return markdown(header, lines) + "".join(_sources(rows) for rows in held.values())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "data_cpu": data_cpu,
     "loss_cpu": loss_cpu,
@@ -240,6 +252,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "augment_h200": augment_h200,
     "loaders_cpu": partial(augment_loaders, "cpu"),
     "loaders_h200": partial(augment_loaders, "h200"),
+    "probes": probes,
     "step_cpu": partial(step, "cpu"),
     "step_h200": partial(step, "h200"),
     "photos_h200": partial(step, "h200", size=224),

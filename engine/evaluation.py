@@ -67,13 +67,26 @@ class Evaluation:
         self.encoder, self.cfg, self.reader = encoder, cfg, reader
 
     def scores(self) -> Iterator[Score]:
-        """Every score that the settings ask for, as it is found.  Raises DataError."""
+        """Every score that the settings ask for, as it is found.  Raises DataError, before any work where it can."""
+        self._check()
         protocols: dict[str, Callable[[], Iterator[Score]]] = {
             "knn": self._knn, "linear": self._linear, "official": self._official, "few": self._few,
             "noisy": self._noisy, "ood": self._ood, "transfer": self._transfer, "corruptions": self._corruptions,
         }  # fmt: skip
         for name in self.cfg.protocols:
             yield from protocols[name]()
+
+    def _check(self) -> None:
+        """Opens what the protocols need: a missing file must not cost the scores before it."""
+        cfg, images = self.cfg, self._split("bank")
+        assert images.labels is not None
+        for share in cfg.few.shares if "few" in cfg.protocols else ():
+            class_balanced(images.labels, share, self._rng(0))
+        if "noisy" in cfg.protocols:
+            self._human_labels()
+        for name, others in (("ood", cfg.ood), ("transfer", cfg.transfer)):
+            for other in others if name in cfg.protocols else ():
+                _opened(other, "test")
 
     # -- what they share ---------------------------------------------------------------------------------------------
 
@@ -162,7 +175,7 @@ class Evaluation:
 
     def _noisy(self) -> Iterator[Score]:
         clean = self.train.labels.cpu().numpy()
-        human = self._human_labels()
+        human = {name: labels[self.train.place.numpy()] for name, labels in self._human_labels().items()}
         values: dict[str, list[float]] = {}
         for draw in range(self.cfg.draws):
             sets = dict(human)
@@ -178,7 +191,7 @@ class Evaluation:
             yield self._score("noisy", found, setting=name)
 
     def _human_labels(self) -> dict[str, Any]:
-        """Sets of labels by people, in the order of the training images that could be read."""
+        """Sets of labels by people, one for each training image."""
         file = self.cfg.noisy.human
         if file is None:
             return {}
@@ -186,8 +199,7 @@ class Evaluation:
             raise DataError(f"noisy.human: {file} labels cifar10's images, and data.dataset is {self.cfg.data.dataset}")
         official = self._split("bank").labels
         assert official is not None
-        place = self.train.place.numpy()
-        return {f"human {kind}": cifar10n(file, kind, official)[place] for kind in KINDS}
+        return {f"human {kind}": cifar10n(file, kind, official) for kind in KINDS}
 
     def _ood(self) -> Iterator[Score]:
         for other in self.cfg.ood:

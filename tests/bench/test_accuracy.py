@@ -30,15 +30,15 @@ def small(root: Path, state: Path) -> dict:
 
 
 def command(presets: dict, results: Path, *argvs: list[str]) -> list[str]:
-    """What each call prints."""
+    """Exit status of each call and what it prints."""
     PRESETS.update(presets)
     accuracy.RESULTS = results
     printed = []
     for argv in argvs:
         out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            assert accuracy.main([TEST, *argv]) == 0
-        printed.append(out.getvalue())
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            status = accuracy.main([TEST, *argv])
+        printed.append(f"{status} {out.getvalue()}")
     return printed
 
 
@@ -128,22 +128,24 @@ def test_slices_make_the_rows_of_one_go(image_folder, tmp_path):
     whole, slices = tmp_path / "whole", tmp_path / "slices"
     run_ranks(command, 1, presets, tmp_path / "rows1", [*argv, str(whole)])
     first = [*argv, str(slices), "--seconds", str(accuracy.LEAST_S + 0.01)]  # one step, then there is no time left
-    told, trained, evaluated, again = run_ranks(
+    told, trained, evaluated, again, other = run_ranks(
         command, 1, presets, tmp_path / "rows2", first, [*argv, str(slices), "--train-only"], [*argv, str(slices)],
-        [*argv, str(slices)],
+        [*argv, str(slices)], [*argv, str(slices), "knn.k=2"],
     )[0]  # fmt: skip
+    assert told[0] == trained[0] == evaluated[0] == again[0] == "0"
     assert "2 runs are unfinished; the same command goes on" in told
     assert "unfinished" not in trained + evaluated + again
-    one, other = rows(tmp_path / "rows1"), rows(tmp_path / "rows2")
-    assert len(one) == len(other) == 2 * (2 * 2 + 1), "arms, peers, scores, and the seconds; once each"
-    for a, b in zip(one, other, strict=True):
+    assert other[0] == "2" and "evaluated before with other knn.k; remove that folder, or give the same" in other
+    one, two = rows(tmp_path / "rows1"), rows(tmp_path / "rows2")
+    assert len(one) == len(two) == 2 * (2 * 2 + 1), "arms, peers, scores, and the seconds; once each"
+    for a, b in zip(one, two, strict=True):
         assert tuple(a) == ROW_KEYS
         assert (a["provider"], a["metric"]) == (b["provider"], b["metric"])
         if a["metric"] == "accuracy":
             assert a["case"] == b["case"] and a["p50"] == b["p50"], "a run in slices is the run"
             assert len(a["case"]["values"]) == a["n"] == (2 if a["case"]["protocol"] == "linear" else 1)
     assert {row["provider"] for row in one} == {"alone", "dogo"}
-    assert str(tmp_path) not in json.dumps(one + other), "where the state lies is nobody's affair"
+    assert str(tmp_path) not in json.dumps(one + two), "where the state lies is nobody's affair"
     assert not list(slices.rglob("checkpoints")) and len(list(slices.rglob("*.safetensors"))) == 4
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import claims
-from bench.accuracy import HISTORY, rows_of
+from bench.accuracy import FINISHED, HISTORY, rows_of
 from bench.accuracy_presets import ALONE, DOGO, Arm, Job
 from bench.claims import Gain
 from bench.rows import RESULTS, Environment, Row, append_rows, read_rows
@@ -51,7 +51,7 @@ def measure(
               "driver": environment(device, "").driver, "commit": "c0ffee", "date": "2026-11-27",
               "seconds": seconds / 2}  # fmt: skip
     (run / HISTORY).write_text(json.dumps([slice_, slice_]))
-    (run / "summary.json").write_text(json.dumps({"steps": steps}))
+    (run / FINISHED).write_text(json.dumps({"steps": steps}))
     backbones = dict(PEERS)
     scores = [
         Score(peer, backbones[peer], protocol, setting, tuple(draws), 100, 50)
@@ -258,11 +258,20 @@ def test_the_papers_claims_are_counted(results):
     (table,) = tables(section(claims.page(["cpu"]), "The claims"))
     title = "`tiny`, 200 steps, cpu"
     assert table == [
-        ["setting", "claim", "scores", "gain", "no difference seen", "loss", "mean gain"],
-        [title, "better features than the same network trained alone", "4", "2", "1", "1", "+0.8"],  # 2.1-3.1+2.0+2.1
-        [title, "also with limited labels", "2", "0", "2", "0", "+2.0"],
-        [title, "also with noisy labels", "1", "0", "0", "1", "-3.1"],
-        [title, "also out of distribution", "2", "2", "0", "0", "+2.1"],
+        ["setting", "claim", "scores", "gain", "no difference seen", "loss", "one seed", "mean gain"],
+        [
+            title,
+            "better features than the same network trained alone",
+            "4",
+            "2",
+            "1",
+            "1",
+            "0",
+            "+0.8",
+        ],  # 2.1-3.1+2.0+2.1
+        [title, "also with limited labels", "2", "0", "2", "0", "0", "+2.0"],
+        [title, "also with noisy labels", "1", "0", "0", "1", "0", "-3.1"],
+        [title, "also out of distribution", "2", "2", "0", "0", "0", "+2.1"],
     ]
 
 
@@ -279,7 +288,7 @@ def test_other_presets_steps_changes_and_devices_are_other_comparisons(results):
         "`tiny`, 200 steps, cpu": (0.01, {}),
         "`tiny`, 4,000 steps, cpu": (0.02, {"steps": 4000}),
         "`cifar10-wrn16-r50`, 200 steps, cpu": (0.03, {"preset": "cifar10-wrn16-r50"}),
-        "`tiny`, 200 steps, data.batch_size=64 run.seed=3, cpu": (
+        "`tiny`, 200 steps, data.batch_size=64, run.seed=3, cpu": (
             0.04, {"changes": ("data.batch_size=64", "run.seed=3")},
         ),
         "`tiny`, 200 steps, h200": (0.05, {"device": "h200"}),
@@ -359,3 +368,16 @@ def test_results_md_says_what_was_measured(monkeypatch):
     monkeypatch.setattr(claims, "RESULTS", RESULTS)
     devices = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
     assert claims.PAGE.read_text() == claims.page(devices), "python -m bench claims"
+
+
+def test_the_command_draws_every_comparison(results, tmp_path, monkeypatch):
+    for seed, gain in enumerate((0.01, 0.02)):
+        measure(results, ALONE, seed, linear(0.3) | linear(0.4, "b"))
+        measure(results, DOGO, seed, linear(0.3 + gain) | linear(0.4 - gain, "b"))
+        measure(results, ALONE, seed, linear(0.3), steps=7)
+    monkeypatch.setattr(claims, "PAGE", tmp_path / "RESULTS.md")
+    assert claims.main([]) == 0
+    (picture,) = results.rglob("*.png")
+    assert picture.name == "accuracy-tiny-200steps.png" and picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page == claims.page(["cpu"]) and page.count(picture.name) == 1, "7 steps have no pair to draw"

@@ -88,8 +88,8 @@ def test_a_gpu_finds_the_same(run):
 )  # fmt: skip
 def test_bad_input_is_one_line(run, argv, told, capsys):
     assert evaluate.main(["--run", str(run), *argv]) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.splitlines()[-1].startswith("error: ")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and told in error
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
