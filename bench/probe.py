@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         "linear": (linear(1), 1),
         f"linear, {NOISY_SETS} sets of labels": (linear(NOISY_SETS), 1),
         "official": (
-            lambda: official_probe(bank, known, [split], classes=CLASSES, seed=0, epochs=TIMED_EPOCHS),
+            lambda: official_probe(bank, known, [split], classes=CLASSES, seeds=[0], epochs=TIMED_EPOCHS),
             OFFICIAL_EPOCHS / TIMED_EPOCHS,
         ),
     }  # fmt: skip

@@ -22,6 +22,7 @@ from engine.data_config import DataConfig
 from engine.optimizer_config import LAYERWISE, NonNegative, OptimizerConfig, Positive, Section
 from engine.settings import ConfigError, one_line, overridden, parse_section
 
+Stem = Literal["auto", "small", "standard"]
 CAPTURABLE = ("adam", "adamw", "sgd", "lars")  # optimizers that a CUDA graph can hold
 
 
@@ -49,7 +50,7 @@ class RunConfig(Section):
     log_every_steps: Annotated[int, Field(gt=0)] = 20
     """Steps between rows of metrics.jsonl; only these steps read values back from the device."""
     max_seconds: Positive | None = None
-    """Save and stop once so many seconds have passed since this process began, at the next step that logs; the same
+    """Save and stop once so many seconds have passed since the set-up began, at the next step that logs; the same
     command goes on from there.  For machines that are lent for a while."""
     resume: str = "auto"
     """auto: from the newest checkpoint in output_dir where there is one; never; or a checkpoint folder."""
@@ -81,7 +82,7 @@ class PeerConfig(Section):
     """Key of the peer in metrics, checkpoints and commands."""
     backbone: str
     """wrn-DEPTH-WIDTH (DEPTH = 6n + 4) or any timm name."""
-    stem: Literal["auto", "small", "standard"] = "auto"
+    stem: Stem = "auto"
     """small: 3x3 stride 1 and no max-pool (ResNets); auto: small below 100 px for ResNets, else the backbone's own.
     ResNets are timm's first version; ResNetV2 and others keep their own stem."""
     objective: Literal["simclr"] = "simclr"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
-from engine.config import Config, ConfigError, PeerConfig
+from engine.config import Config, ConfigError, PeerConfig, Stem
 from engine.data.augment import build_policy
 from engine.data.catalog import NATIVE_SIZE
 from engine.data_config import AugmentConfig
@@ -79,8 +79,19 @@ def file_encoder(file: Path, *, backbone: str | None, image_size: int | None) ->
         raise ConfigError(f"--weights: {file} does not fit --backbone {name} at {size} px ({reason[:300]})") from None
     mean, std = build_policy(AugmentConfig(), size).statistics
     if {"mean", "std"} <= facts.keys():
-        mean, std = tuple(json.loads(facts["mean"])), tuple(json.loads(facts["std"]))
+        mean, std = _three(file, facts, "mean"), _three(file, facts, "std")
     return Encoder(file.stem, name, stem, module.eval(), width, size, (mean, std))
+
+
+def _three(file: Path, facts: dict[str, str], key: str) -> tuple[float, ...]:
+    """A number for each channel."""
+    try:
+        found = tuple(float(value) for value in json.loads(facts[key]))
+        if len(found) != 3 or (key == "std" and min(found) <= 0):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(f"{file}: its {key} is {facts[key]}; three numbers are expected, of std above 0") from None
+    return found
 
 
 def _described(file: Path, facts: dict[str, Any], backbone: str | None, image_size: int | None) -> tuple[str, int, str]:
@@ -88,13 +99,15 @@ def _described(file: Path, facts: dict[str, Any], backbone: str | None, image_si
     if {"backbone", "stem", "image_size"} <= facts.keys():
         if backbone not in (None, facts["backbone"]):
             raise ConfigError(f"--backbone: {backbone} is given, and {file} holds {facts['backbone']}; leave it out")
+        if not facts["image_size"].isdecimal() or facts["stem"] not in get_args(Stem):
+            raise ConfigError(f"{file}: has image_size {facts['image_size']}, stem {facts['stem']}; export it anew")
         if image_size not in (None, int(facts["image_size"])):
             raise ConfigError(
-                f"data.image_size: {image_size} is given, and {file} is for {facts['image_size']} px; leave it out"
+                f"--image-size: {image_size} is given, and {file} is for {facts['image_size']} px; leave it out"
             )
         return facts["backbone"], int(facts["image_size"]), facts["stem"]
     if backbone is None:
         raise ConfigError(f"--backbone: {file} does not say which backbone it holds; give its name")
     if image_size is None:
-        raise ConfigError(f"data.image_size: {file} does not say for which images it is; give their side in pixels")
+        raise ConfigError(f"--image-size: {file} does not say for which images it is; give their side in pixels")
     return backbone, image_size, "auto"

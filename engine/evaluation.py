@@ -13,23 +13,29 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from engine.data.arrays import open_arrays
-from engine.data.catalog import Split, open_dataset, open_split
-from engine.data.class_names import class_map, class_names
 from engine.data.dataset import DataError, ImageDataset
-from engine.data.human_labels import KINDS, cifar10n
 from engine.data.torch_loader import normalized, plain_pixels
 from engine.encoders import Encoder
-from engine.evaluation_config import EvaluationConfig, OtherData
-from engine.features import FEATURE_BATCH, Labelled, Reader
-from engine.label_sets import class_balanced, pairflip_noise, symmetric_noise
+from engine.evaluation_config import EvaluationConfig
+from engine.evaluation_data import (
+    LEFT_OUT,
+    check,
+    human_labels,
+    labels_of,
+    noisy_labels,
+    numbers,
+    opened,
+    percent,
+    translation,
+)
+from engine.features import FEATURE_BATCH, Labelled, Reader, evenly_spaced
+from engine.label_sets import class_balanced
 from engine.linear_probe import OFFICIAL_HELD_OUT, LinearProbe, held_out_split, linear_probe, official_probe
 from engine.probe import knn_accuracy
 
@@ -68,7 +74,7 @@ class Evaluation:
 
     def scores(self) -> Iterator[Score]:
         """Every score that the settings ask for, as it is found.  Raises DataError, before any work where it can."""
-        self._check()
+        check(self.cfg)
         protocols: dict[str, Callable[[], Iterator[Score]]] = {
             "knn": self._knn, "linear": self._linear, "official": self._official, "few": self._few,
             "noisy": self._noisy, "ood": self._ood, "transfer": self._transfer, "corruptions": self._corruptions,
@@ -76,24 +82,12 @@ class Evaluation:
         for name in self.cfg.protocols:
             yield from protocols[name]()
 
-    def _check(self) -> None:
-        """Opens what the protocols need: a missing file must not cost the scores before it."""
-        cfg, images = self.cfg, self._split("bank")
-        assert images.labels is not None
-        for share in cfg.few.shares if "few" in cfg.protocols else ():
-            class_balanced(images.labels, share, self._rng(0))
-        if "noisy" in cfg.protocols:
-            self._human_labels()
-        for name, others in (("ood", cfg.ood), ("transfer", cfg.transfer)):
-            for other in others if name in cfg.protocols else ():
-                _opened(other, "test")
-
     # -- what they share ---------------------------------------------------------------------------------------------
 
     @cached_property
     def train(self) -> Labelled:
         """Features of the labelled training images."""
-        return self._features(self._split("bank"))
+        return self._features(opened(self.cfg.data, "bank"))
 
     @cached_property
     def test(self) -> Labelled:
@@ -102,7 +96,7 @@ class Evaluation:
 
     @cached_property
     def _test_images(self) -> ImageDataset:
-        return self._split("test")
+        return opened(self.cfg.data, "test")
 
     @cached_property
     def classes(self) -> int:
@@ -114,25 +108,26 @@ class Evaluation:
         """The linear probe of the training images, a draw each."""
         return [self._probe(self.train, self.train.labels[None], draw, self.classes) for draw in range(self.cfg.draws)]
 
-    def _split(self, split: Split) -> ImageDataset:
-        found = open_split(self.cfg.data, split)
-        if found is None:
-            raise DataError(f"data.root: {self.cfg.data.root} has no labels, which an evaluation needs")
-        return found
-
     def _features(self, dataset: ImageDataset) -> Labelled:
-        return self.reader.labelled(dataset, self.encoder.features)
+        found = self.reader.labelled(dataset, self.encoder.features)
+        self.reader.skipped.share()  # what could not be read is told
+        return found._replace(features=self._finite(found.features))
 
-    def _rng(self, *what: int) -> np.random.Generator:
-        """Numbers that depend on the seed and on what they are for."""
-        return np.random.default_rng((self.cfg.seed, *what))
+    def _finite(self, features: Tensor) -> Tensor:
+        """Raises DataError: with one value that is not finite, every probe would be at chance and say nothing."""
+        if bad := int((~features.isfinite().all(dim=1)).sum()):
+            name = f"{self.encoder.name} ({self.encoder.backbone})"
+            raise DataError(f"{name}: features of {bad} of {len(features)} images are not finite; weights are broken")
+        return features
+
+    def _rng(self, draw: int, purpose: str) -> np.random.Generator:
+        return numbers(self.cfg.seed, draw, purpose)
 
     def _probe(self, train: Labelled, labels: Tensor, draw: int, classes: int) -> LinearProbe:
         """Linear probes of sets of labels [G, n]; which images are held out depends on the true ones."""
-        split = held_out_split(train.labels.cpu().numpy(), self.cfg.linear.held_out, self._rng(draw))
-        return linear_probe(
-            train.features, labels, split, self.cfg.linear, classes=classes, seed=self.cfg.seed + draw
-        )  # fmt: skip
+        split = held_out_split(train.labels.cpu().numpy(), self.cfg.linear.held_out, self._rng(draw, "held out"))
+        seed = int(self._rng(draw, "batches").integers(2**31))
+        return linear_probe(train.features, labels, split, self.cfg.linear, classes=classes, seed=seed)
 
     def _score(self, protocol: str, values: list[float], *, setting: str = "", train: int = 0, test: int = 0) -> Score:
         return Score(
@@ -146,7 +141,7 @@ class Evaluation:
         cfg, train = self.cfg.knn, self.train
         bank, labels = train.features, train.labels
         if cfg.bank is not None and cfg.bank < len(labels):
-            picked = torch.linspace(0, len(labels) - 1, cfg.bank).round().long().to(labels.device)
+            picked = torch.from_numpy(evenly_spaced(len(labels), cfg.bank)).to(labels.device)
             bank, labels = bank[picked], labels[picked]
         accuracy = knn_accuracy(bank, labels, self.test.features, self.test.labels, k=cfg.k, tau=cfg.tau)
         yield self._score("knn", [accuracy], setting=f"k={cfg.k}", train=len(labels))
@@ -156,33 +151,31 @@ class Evaluation:
         yield self._score("linear", values)
 
     def _official(self) -> Iterator[Score]:
-        labels = self.train.labels
-        rng = [self._rng(draw) for draw in range(self.cfg.draws)]
-        splits = [_random_split(len(labels), one) for one in rng]
-        probe = official_probe(self.train.features, labels, splits, classes=self.classes, seed=self.cfg.seed)
+        labels, rngs = self.train.labels, [self._rng(draw, "official") for draw in range(self.cfg.draws)]
+        splits = [_random_split(len(labels), rng) for rng in rngs]
+        seeds = [int(rng.integers(2**31)) for rng in rngs]
+        probe = official_probe(self.train.features, labels, splits, classes=self.classes, seeds=seeds)
         yield self._score("official", probe.accuracy(self.test.features, self.test.labels))
 
     def _few(self) -> Iterator[Score]:
         labels = self.train.labels.cpu().numpy()
-        for i, share in enumerate(self.cfg.few.shares):
-            values = []
+        for share in self.cfg.few.shares:
+            values, count = [], 0
             for draw in range(self.cfg.draws):
-                places = torch.from_numpy(class_balanced(labels, share, self._rng(draw, i)))
-                part = self.train.at(places)
-                probe = self._probe(part, part.labels[None], draw, self.classes)
+                part = self.train.at(
+                    torch.from_numpy(class_balanced(labels, share, self._rng(draw, f"few {percent(share)}")))
+                )
+                probe, count = self._probe(part, part.labels[None], draw, self.classes), len(part.labels)
                 values += probe.accuracy(self.test.features, self.test.labels)
-            yield self._score("few", values, setting=_percent(share), train=len(places))
+            yield self._score("few", values, setting=percent(share), train=count)
 
     def _noisy(self) -> Iterator[Score]:
         clean = self.train.labels.cpu().numpy()
-        human = {name: labels[self.train.place.numpy()] for name, labels in self._human_labels().items()}
+        official = labels_of(opened(self.cfg.data, "bank"))
+        human = {name: own[self.train.place.numpy()] for name, own in human_labels(self.cfg, official).items()}
         values: dict[str, list[float]] = {}
         for draw in range(self.cfg.draws):
-            sets = dict(human)
-            for i, kind in enumerate(self.cfg.noisy.kinds):
-                make = symmetric_noise if kind == "symmetric" else pairflip_noise
-                for j, rate in enumerate(self.cfg.noisy.rates):
-                    sets[f"{kind} {_percent(rate)}"] = make(clean, rate, self.classes, self._rng(draw, i, j))
+            sets = human | noisy_labels(self.cfg, clean, self.classes, draw)
             labels = torch.from_numpy(np.stack(list(sets.values()))).to(self.train.labels.device)
             probe = self._probe(self.train, labels, draw, self.classes)
             for name, value in zip(sets, probe.accuracy(self.test.features, self.test.labels), strict=True):
@@ -190,46 +183,20 @@ class Evaluation:
         for name, found in values.items():
             yield self._score("noisy", found, setting=name)
 
-    def _human_labels(self) -> dict[str, Any]:
-        """Sets of labels by people, one for each training image."""
-        file = self.cfg.noisy.human
-        if file is None:
-            return {}
-        if self.cfg.data.dataset != "cifar10":
-            raise DataError(f"noisy.human: {file} labels cifar10's images, and data.dataset is {self.cfg.data.dataset}")
-        official = self._split("bank").labels
-        assert official is not None
-        return {f"human {kind}": cifar10n(file, kind, official) for kind in KINDS}
-
     def _ood(self) -> Iterator[Score]:
         for other in self.cfg.ood:
-            found, among = self._mapped(other)
+            dataset, label_of = translation(self.cfg, other, self._test_images)
+            found = self._features(dataset)
+            labels = label_of.to(found.labels.device)[found.labels]
+            found = found._replace(labels=labels).at((labels != LEFT_OUT).cpu())
+            among = found.labels.unique()
             values = [probe.accuracy(found.features, found.labels, among=among)[0] for probe in self.probes]
-            yield self._score("ood", values, setting=other.name, test=len(found.labels))
-
-    def _mapped(self, other: OtherData) -> tuple[Labelled, Tensor]:
-        """Features of other images with labels of the training data, and the classes that there are."""
-        dataset = _opened(other, "test")
-        found = self._features(dataset)
-        if other.dataset is not None:
-            ours = class_names(self.cfg.data.dataset, self._test_images)
-            theirs = class_names(other.dataset, dataset)
-            translated = torch.full((len(theirs),), -1, dtype=torch.int64)
-            for label, own in class_map(ours, theirs).items():
-                translated[label] = own
-            labels = translated.to(found.labels.device)[found.labels]
-            found = found._replace(labels=labels).at((labels >= 0).cpu())
-        among = found.labels.unique()
-        if int(among.max()) >= self.classes:
-            raise DataError(
-                f"ood: {other.name} has label {int(among.max())}, and the training data {self.classes} classes; "
-                "labels must be those of the training data"
-            )
-        return found, among
+            setting = f"{other.name}, {len(among)} of {self.classes} classes"
+            yield self._score("ood", values, setting=setting, test=len(found.labels))
 
     def _transfer(self) -> Iterator[Score]:
         for other in self.cfg.transfer:
-            train, test = self._features(_opened(other, "bank")), self._features(_opened(other, "test"))
+            train, test = self._features(opened(other, "bank")), self._features(opened(other, "test"))
             classes = int(torch.cat((train.labels, test.labels)).max()) + 1
             values = []
             for draw in range(self.cfg.draws):
@@ -240,15 +207,15 @@ class Evaluation:
     def _corruptions(self) -> Iterator[Score]:
         cfg, dataset = self.cfg.corruptions, self._test_images
         assert dataset.labels is not None
-        picked = np.linspace(0, len(dataset) - 1, min(cfg.images, len(dataset))).round().astype(np.int64)
+        picked = evenly_spaced(len(dataset), cfg.images)
         pixels, read = plain_pixels(dataset, picked, self.encoder.size)
         kept = read == picked
         labels = torch.from_numpy(dataset.labels[picked[kept]]).to(self.reader.ranks.device)
-        found: dict[str, list[list[float]]] = {}
+        clean = self._features_of_pixels(pixels[kept])
+        found = {"clean": [[probe.accuracy(clean, labels)[0] for probe in self.probes]]}
         for kind in cfg.kinds:
             for severity in SEVERITIES:
-                made = corrupt(pixels[kept], kind, severity, seed=self.cfg.seed)
-                features = self._features_of_pixels(made)
+                features = self._features_of_pixels(corrupt(pixels[kept], kind, severity, seed=self.cfg.seed))
                 values = [probe.accuracy(features, labels)[0] for probe in self.probes]
                 for setting in (kind, f"severity {severity}", f"all {CORRUPTIONS[kind]}", "mean"):
                     found.setdefault(setting, []).append(values)
@@ -260,12 +227,8 @@ class Evaluation:
         device = self.reader.ranks.device
         mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) * 255 for s in self.encoder.statistics)
         parts = torch.from_numpy(pixels).split(FEATURE_BATCH)
-        return torch.cat([self.encoder.features(normalized(part.to(device), mean, std)) for part in parts])
-
-
-def _percent(share: float) -> str:
-    """0.125 -> 12.5%: two shares never have one name."""
-    return f"{100 * share:.10g}%"
+        features = [self.encoder.features(normalized(part.to(device), mean, std)) for part in parts]
+        return self._finite(torch.cat(features))
 
 
 def _random_split(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -273,13 +236,3 @@ def _random_split(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     order = rng.permutation(n)
     held = max(1, round(OFFICIAL_HELD_OUT * n))
     return order[held:], order[:held]
-
-
-def _opened(other: OtherData, split: Split) -> ImageDataset:
-    if other.file is not None:
-        return open_arrays(other.file)
-    assert other.dataset is not None
-    found = open_dataset(other.dataset, other.root, split)
-    if found is None:
-        raise DataError(f"{other.name}: {other.root} has no labels, which an evaluation needs")
-    return found

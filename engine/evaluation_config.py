@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from engine.corruptions import CORRUPTIONS
-from engine.data_config import DataConfig, Dataset
+from engine.data_config import Dataset
 from engine.optimizer_config import NonNegative, Positive, Section
 
 Protocol = Literal["knn", "linear", "official", "few", "noisy", "ood", "transfer", "corruptions"]
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Each at most once: two scores of one name would hide each other."""
+    if len(set(value)) < len(value):
+        raise ValueError(f"each at most once, found {', '.join(map(str, value))}")
+    return value
 
 
 class NeighboursConfig(Section):
@@ -39,6 +47,8 @@ class FewConfig(Section):
     shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.01, 0.05, 0.1, 0.25, 0.5)
     """Shares of every class's labels."""
 
+    _distinct = field_validator("shares")(distinct)
+
 
 class NoisyConfig(Section):
     kinds: tuple[Literal["symmetric", "pairflip"], ...] = ("symmetric", "pairflip")
@@ -47,6 +57,18 @@ class NoisyConfig(Section):
     """Shares of labels that become wrong."""
     human: Path | None = None
     """CIFAR-10N's labels as .npz; left out: no human noise."""
+
+    _distinct = field_validator("kinds", "rates")(distinct)
+
+
+class LabelledData(Section):
+    """Labelled images; the keys are those of the data section of a run (engine/data_config.py)."""
+
+    dataset: Dataset = "cifar10"
+    root: Path = Path("data")
+    manifest: Path | None = None
+    shards: Count | None = None
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
 
 
 class OtherData(Section):
@@ -57,8 +79,17 @@ class OtherData(Section):
     dataset: Dataset | None = None
     """As data.dataset."""
     root: Path = Path("data")
+    manifest: Path | None = None
+    shards: Count | None = None
     file: Path | None = None
     """.npz with `images` and `labels`."""
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w .+-]+", value):
+            raise ValueError(f"found {value!r}, allowed: letters, digits, spaces and _ . + -")
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> OtherData:
@@ -89,7 +120,7 @@ class EvaluationConfig(Section):
     """knn; linear: a probe, the best of several rates; official: the authors' probe; few: a share of the labels; noisy:
     labels made wrong; ood: the linear probe on other data of the same classes; transfer: probes of other data sets;
     corruptions: the linear probe on corrupted test images."""
-    data: DataConfig
+    data: LabelledData = LabelledData()
     """Where labelled images come from; the run's own by default."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     draws: Count = 3
@@ -103,12 +134,7 @@ class EvaluationConfig(Section):
     transfer: tuple[OtherData, ...] = ()
     corruptions: CorruptionsConfig = CorruptionsConfig()
 
-    @field_validator("protocols")
-    @classmethod
-    def _once(cls, value: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError(f"each at most once, found {', '.join(value)}")
-        return value
+    _distinct = field_validator("protocols")(distinct)
 
     @model_validator(mode="after")
     def _has_work(self) -> EvaluationConfig:

@@ -106,7 +106,8 @@ def _picture(path: Path, plot: Callable[[Any, list[Score]], None], scores: list[
 
 def _draw_few(figure: Any, scores: list[Score]) -> None:
     axis = figure.subplots()
-    axis.set_xscale("log")
+    if len({s.setting for s in scores}) > 1:
+        axis.set_xscale("log")
     for label, own in _by_encoder(scores):
         _line(axis, label, [float(s.setting.rstrip("%")) for s in own], own)
     _finish(axis, "labels, % of every class")

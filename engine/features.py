@@ -49,8 +49,8 @@ class Reader(NamedTuple):
     def labelled(self, dataset: ImageDataset, encode: Encode, at_most: int | None = None) -> Labelled:
         """Features of a labelled data set, or of `at_most` evenly spaced images of it, the same on every rank."""
         assert dataset.labels is not None
-        count = min(len(dataset), at_most or len(dataset))
-        picked = np.linspace(0, len(dataset) - 1, count).round().astype(np.int64)
+        picked = evenly_spaced(len(dataset), at_most or len(dataset))
+        count = len(picked)
         own = _even_share(picked, self.ranks)
         parts, read = [], []
         for images, index in plain_images(
@@ -65,6 +65,11 @@ class Reader(NamedTuple):
         # Rows stand rank by rank, padded; the padding is at the end of the last ranks.
         keep = (torch.arange(len(every), device=device) < count) & (every_label != UNREADABLE)
         return Labelled(every[keep], every_label[keep], torch.from_numpy(picked)[keep[:count].cpu()])
+
+
+def evenly_spaced(n: int, at_most: int) -> NDArray[np.int64]:
+    """`at_most` of the places 0 ... n - 1, the first and the last among them; all where n is no more."""
+    return np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64)
 
 
 def _even_share(indices: NDArray[np.int64], ranks: Ranks) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.evaluation_config import LinearConfig
+from engine.settings import ConfigError
 
 MOMENTUM = 0.9
 ROWS = 8192  # images whose logits are held at once in an evaluation
@@ -94,7 +95,10 @@ def linear_probe(
     every = LinearProbe(mean, std, weight.flatten(0, 1), bias.flatten(0, 1), (), ())
     chosen = every.predictions(features[held]).view(-1, G, R)
     scores = (chosen == labels[:, held].T[:, :, None]).double().mean(dim=0).cpu()  # [G, R]
+    scores[~weight.isfinite().all(dim=(2, 3)).cpu()] = -1
     best = scores.argmax(dim=1)  # the first of equals
+    if scores.amax(dim=1).min() < 0:
+        raise ConfigError(f"linear.rates: {', '.join(map(str, cfg.rates))}: no probe stays finite; give lower ones")
     rows = torch.arange(G)
     return LinearProbe(
         mean, std, weight[rows, best], bias[rows, best],
@@ -140,7 +144,7 @@ def official_probe(
     splits: list[tuple[NDArray, NDArray]],  # one a seed, of equal sizes
     *,
     classes: int,
-    seed: int,
+    seeds: list[int],  # one a split
     epochs: int = OFFICIAL_EPOCHS,
 ) -> LinearProbe:
     """The authors' protocol, one classifier for each split, all in the same steps: nn.Linear on features as they are,
@@ -148,8 +152,7 @@ def official_probe(
     kept.
     """
     G, F = len(splits), features.shape[1]
-    torch.manual_seed(seed)
-    layers = [nn.Linear(F, classes) for _ in splits]
+    layers = [_fresh(F, classes, seed) for seed in seeds]
     weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]).to(features.device))
     bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]).to(features.device))
     optimizer = torch.optim.Adam([weight, bias], lr=OFFICIAL_RATE, weight_decay=OFFICIAL_DECAY, fused=True)
@@ -159,7 +162,7 @@ def official_probe(
     plain = torch.zeros(F, device=features.device), torch.ones(F, device=features.device)
     minus = features.new_full((), -1.0).expand(G, batch, 1)
     for epoch in range(epochs):
-        orders = [_batches(n, batch, n // batch, (seed * epochs + epoch) * G + g) for g in range(G)]
+        orders = [_batches(n, batch, n // batch, mixed(seed, epoch)) for seed in seeds]
         order = torch.stack(orders).to(train.device)  # [G, steps, B]
         images = train.gather(1, order.flatten(1)).view(order.shape)
         for rows in images.unbind(dim=1):
@@ -176,3 +179,15 @@ def official_probe(
                 best[g] = (score, weight[g].detach().clone(), bias[g].detach().clone())
     scores, weights, biases = zip(*best, strict=True)
     return LinearProbe(*plain, torch.stack(weights), torch.stack(biases), (OFFICIAL_RATE,) * G, scores)
+
+
+def _fresh(width: int, classes: int, seed: int) -> nn.Linear:
+    """torch's own initial weights; its global generator stays where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(width, classes)
+
+
+def mixed(seed: int, epoch: int) -> int:
+    """A seed for each epoch."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])

@@ -41,8 +41,8 @@ def knn_accuracy(
     for chunk, labels in zip(queries.split(QUERY_CHUNK), query_labels.split(QUERY_CHUNK), strict=True):
         cosine, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(chunk), classes, device=bank.device)
-        # minus 1: the largest exponent is 0 whatever tau
-        votes.scatter_add_(1, bank_labels[nearest], ((cosine - 1) / tau).exp())
+        # Minus the nearest's: the largest exponent is 0 whatever tau.
+        votes.scatter_add_(1, bank_labels[nearest], ((cosine - cosine[:, :1]) / tau).exp())
         right += int((votes.argmax(dim=1) == labels).sum())
     return right / len(queries)
 

@@ -32,7 +32,8 @@ ORDER = [
     "engine.checkpoint",
     "engine.metrics", "engine.run_dir", "engine.features", "engine.probe", "engine.trainer", "engine.train",
     "engine.encoders", "engine.export", "engine.corruption_kinds", "engine.corruptions", "engine.evaluation_config",
-    "engine.label_sets", "engine.linear_probe", "engine.evaluation", "engine.evaluation_report", "engine.evaluate",
+    "engine.label_sets", "engine.linear_probe", "engine.evaluation_data", "engine.evaluation",
+    "engine.evaluation_report", "engine.evaluate",
     "engine.scan", "engine.pack",
 ]  # fmt: skip
 

@@ -36,10 +36,12 @@ def class_map(source: Sequence[str], target: Sequence[str]) -> dict[int, int]:
 
     Raises DataError: they share none.
     """
-    label_of = {_SAME.get(name, name): label for label, name in enumerate(source)}
-    shared = {
-        label: label_of[name] for label, name in enumerate(_SAME.get(name, name) for name in target) if name in label_of
-    }
+    ours, theirs = ([_SAME.get(name, name) for name in names] for names in (source, target))
+    for names in (ours, theirs):
+        if twice := sorted(name for name in set(names) if names.count(name) > 1):
+            raise DataError(f"two classes are called {', '.join(twice)} (automobile and car are one); rename one")
+    label_of = {name: label for label, name in enumerate(ours)}
+    shared = {label: label_of[name] for label, name in enumerate(theirs) if name in label_of}
     if not shared:
         raise DataError(f"no class is shared ({_few(source)}; {_few(target)}); give data sets that have some in common")
     return shared

@@ -64,6 +64,7 @@ def test_an_exported_backbone_has_its_peers_scores(run, image_folder, tmp_path):
     assert scores(tmp_path / "run") == scores(tmp_path / "evaluation")
     read, facts = evaluation_report.read(tmp_path / "run" / "scores.json")
     assert [s.peer for s in read] == ["b", "b"] and facts["settings"]["knn"]["k"] == 5
+    assert (facts["run"], facts["checkpoint"]) == ("run", "step_00000002")
 
 
 @pytest.mark.slow
@@ -71,7 +72,8 @@ def test_an_exported_backbone_has_its_peers_scores(run, image_folder, tmp_path):
 def test_a_gpu_finds_the_same(run):
     assert evaluate.main(["--run", str(run), *QUICK]) == 0
     there = scores(run / "evaluation")
-    found = evaluate.evaluate(*evaluate._from_run(evaluate._parsed(["--run", str(run), *QUICK])), torch.device("cpu"))
+    encoders, settings, _ = evaluate._from_run(evaluate._parsed(["--run", str(run), *QUICK]))
+    found = evaluate.evaluate(encoders, settings, torch.device("cpu"))
     assert [s["values"] for s in there] == [list(score.values) for score in found]
 
 
@@ -84,6 +86,7 @@ def test_a_gpu_finds_the_same(run):
      (["protocols=[ood]"], "ood: the protocol needs data"),
      (["protocols=[ood]", "ood=[{name: x, file: nothing.npz}]"], "nothing.npz: no such file"),
      (["protocols=[few]", "few.shares=[0.01]"], "few.shares: 0.01 of the 22 images of class 0 are 0"),
+     (["data.image_size=64"], "data.image_size: unknown key"),
      (["data.root=/nowhere"], "/nowhere")],
 )  # fmt: skip
 def test_bad_input_is_one_line(run, argv, told, capsys):
@@ -97,11 +100,17 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["--run", "x", "--weights", "y"]])
-def test_one_source_is_needed(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [([], "--run"), (["--run", "x", "--weights", "y"], "not allowed with"),
+     (["--run", "x", "--backbone", "z"], "--backbone: says nothing of --run"),
+     (["--run", "x", "--image-size", "32"], "--image-size: says nothing of --run"),
+     (["--weights", "x", "--peer", "a"], "--peer: says nothing of --weights")],
+)  # fmt: skip
+def test_arguments_that_do_not_go_together(argv, told, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(argv)
-    assert "--run" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_knn_of_equal_features_is_no_division_by_zero():

@@ -7,19 +7,18 @@ import pytest
 
 from engine.config import ConfigError, parse_config
 from engine.corruptions import CORRUPTIONS
-from engine.data_config import DataConfig
 from engine.evaluate import run_settings
-from engine.evaluation_config import EvaluationConfig
+from engine.evaluation_config import EvaluationConfig, LabelledData
 from engine.settings import overridden, parse_section
 
 
 def parsed(*overrides: str) -> EvaluationConfig:
-    return parse_section(EvaluationConfig, overridden({"data": DataConfig().model_dump(mode="json")}, overrides))
+    return parse_section(EvaluationConfig, overridden({}, overrides))
 
 
 def test_without_settings():
     cfg = parsed()
-    assert (cfg.protocols, cfg.seed, cfg.draws, cfg.data) == (("knn", "linear"), 0, 3, DataConfig())
+    assert (cfg.protocols, cfg.seed, cfg.draws, cfg.data) == (("knn", "linear"), 0, 3, LabelledData())
     assert (cfg.knn.k, cfg.knn.tau, cfg.knn.bank) == (200, 0.1, None)
     assert cfg.linear.rates == (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     assert (cfg.linear.steps, cfg.linear.batch_size, cfg.linear.weight_decay) == (5000, 256, 1e-5)
@@ -101,7 +100,10 @@ ONE_SOURCE = "exactly one of dataset and file is needed"
         ("corruptions.kinds=[]", f"corruptions.kinds: found none, allowed: {ALL_KINDS}"),
         ("corruptions.images=0", "corruptions.images: found 0, allowed: greater than 0"),
         ("data.dataset=mnist", f"data.dataset: found 'mnist', allowed: {ALL_DATASETS}"),
-        ("data.image_size=4", "data.image_size: found 4, allowed: greater than or equal to 8"),
+        ("data.image_size=32", "data.image_size: unknown key; allowed: dataset, root, manifest, shards, workers"),
+        ("few.shares=[0.1,0.5,0.1]", "few.shares: each at most once, found 0.1, 0.5, 0.1"),
+        ("noisy.rates=[0.2,0.2]", "noisy.rates: each at most once, found 0.2, 0.2"),
+        ("ood=[{name: a|b, file: a.npz}]", "ood.0.name: found 'a|b', allowed: letters, digits, spaces and _ . + -"),
         ("few.share=[0.1]", "few.share: unknown key; did you mean shares?"),
         ("liner.steps=3", "liner: unknown key; did you mean linear?"),
         ("ood=[{name: x, datset: stl10}]", "ood.0.datset: unknown key; did you mean dataset?"),
@@ -134,7 +136,8 @@ def test_the_data_of_a_run_serve_its_evaluation(settings):
     settings["data"] |= {"loader": "resident", "resident_gib": 2, "augment": "simsiam"}
     cfg = parse_config(settings)
     found = run_settings(cfg, ["few.shares=[0.5]"])
-    assert found.data == cfg.data.model_copy(update={"loader": "torchvision", "resident_gib": None})
+    data = cfg.data
+    assert found.data == LabelledData(dataset="folder", root=data.root, workers=0) and found.data.root == data.root
     assert found.few.shares == (0.5,)
     assert run_settings(cfg, ["data.root=elsewhere"]).data.root == Path("elsewhere")
     with pytest.raises(ConfigError, match=re.escape("data.rooot: unknown key; did you mean root?")):

@@ -8,6 +8,7 @@ from torch import nn
 from engine import linear_probe as subject
 from engine.evaluation_config import LinearConfig
 from engine.linear_probe import held_out_split, linear_probe, official_probe
+from engine.settings import ConfigError
 
 N, F, C = 203, 11, 5
 
@@ -123,23 +124,42 @@ def test_official_probe_is_the_authors_loop(clusters):
     features, labels = clusters
     features = features / features.std(dim=0)  # as they are: no standardisation
     splits = [split(labels, seed) for seed in (0, 1)]
-    found = official_probe(features, labels, splits, classes=C, seed=5, epochs=7)
-    torch.manual_seed(5)
-    layers = [nn.Linear(F, C) for _ in splits]
-    for g, (train, held) in enumerate(splits):
+    found = official_probe(features, labels, splits, classes=C, seeds=[5, 8], epochs=7)
+    for g, (seed, (train, held)) in enumerate(zip((5, 8), splits, strict=True)):
+        torch.manual_seed(seed)
+        layer = nn.Linear(F, C)
         x, y = features[train], labels[train]
-        optimizer = torch.optim.Adam(layers[g].parameters(), lr=3e-4, weight_decay=1e-6)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=3e-4, weight_decay=1e-6)
         best = -1.0
         for epoch in range(7):
-            for rows in subject._batches(len(train), 64, len(train) // 64, (5 * 7 + epoch) * 2 + g):
+            for rows in subject._batches(len(train), 64, len(train) // 64, subject.mixed(seed, epoch)):
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(layers[g](x[rows]), y[rows]).backward()
+                nn.functional.cross_entropy(layer(x[rows]), y[rows]).backward()
                 optimizer.step()
-            score = (layers[g](features[held]).argmax(dim=1) == labels[held]).double().mean().item()
+            score = (layer(features[held]).argmax(dim=1) == labels[held]).double().mean().item()
             if score > best:
-                best, kept = score, layers[g].weight.detach().clone()
+                best, kept = score, layer.weight.detach().clone()
         assert found.held_out[g] == pytest.approx(best)
         torch.testing.assert_close(found.weight[g].T, kept, rtol=1e-4, atol=1e-6)
+
+
+def test_rates_at_which_nothing_stays_finite(clusters):
+    features, labels = clusters
+    one = linear_probe(features, labels[None], split(labels), LinearConfig(rates=(0.1,), steps=50), classes=C, seed=0)
+    wild = LinearConfig(rates=(0.1, 1e38), steps=50)
+    assert linear_probe(features, labels[None], split(labels), wild, classes=C, seed=0).rates == one.rates
+    with pytest.raises(ConfigError, match=r"linear\.rates: 1e\+38: no probe stays finite"):
+        linear_probe(features, labels[None], split(labels), LinearConfig(rates=(1e38,), steps=50), classes=C, seed=0)
+
+
+def test_held_out_images_say_nothing_of_mean_and_deviation(clusters):
+    features, labels = clusters
+    train, held = split(labels)
+    moved = features.clone()
+    moved[held] += 1000
+    cfg = LinearConfig(rates=(0.1,), steps=20)
+    one, other = (linear_probe(x, labels[None], (train, held), cfg, classes=C, seed=0) for x in (features, moved))
+    assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("mean", "std", "weight", "bias"))
 
 
 @pytest.mark.parametrize(("n", "batch", "steps"), [(10, 3, 7), (8, 8, 3), (100, 33, 2)])
@@ -171,6 +191,6 @@ def test_a_gpu_gives_the_same_probe(clusters):
     there = linear_probe(features.cuda(), labels[None].cuda(), split(labels), cfg, classes=C, seed=0)
     assert here.rates == there.rates
     torch.testing.assert_close(there.weight.cpu(), here.weight, rtol=1e-3, atol=1e-4)
-    official = official_probe(features, labels, [split(labels)], classes=C, seed=0, epochs=3)
-    official_there = official_probe(features.cuda(), labels.cuda(), [split(labels)], classes=C, seed=0, epochs=3)
+    official = official_probe(features, labels, [split(labels)], classes=C, seeds=[0], epochs=3)
+    official_there = official_probe(features.cuda(), labels.cuda(), [split(labels)], classes=C, seeds=[0], epochs=3)
     torch.testing.assert_close(official_there.weight.cpu(), official.weight, rtol=1e-3, atol=1e-5)
