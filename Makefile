@@ -47,6 +47,7 @@ bench: setup  ## the microbenchmarks that this machine can run; PHOTOS=FOLDER fo
 	$(BIN)/python -m bench augment
 	$(BIN)/python -m bench budgets
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS))
+	$(BIN)/python -m bench probe
 	$(BIN)/python -m bench step
 
 # GPU tests first: what they find comes before any number.
@@ -56,6 +57,7 @@ gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=
 	$(BIN)/python -m bench loss --quick
 	$(BIN)/python -m bench optimizer --quick
 	$(BIN)/python -m bench augment --quick
+	$(BIN)/python -m bench probe --rounds 1
 	$(if $(PHOTOS),$(BIN)/python -m bench data --root $(PHOTOS) --quick)
 	$(BIN)/python -m bench step --quick --providers captured,captured+compiled,streams,engine,plain
 	$(if $(PHOTOS),$(BIN)/python -m bench step --quick --preset photos --root $(PHOTOS) --providers $(WITH_PHOTOS))
