@@ -3,74 +3,51 @@
 Pre-trains every seed with and without distillation and evaluates all peers; in slices of bounded time (`--seconds`):
 what is unfinished goes on from the state below `--state` when the same command is given again, there or elsewhere.
 Rows are appended when a run has been evaluated, one a score; `python -m bench claims` makes RESULTS.md of them.
+Exit status: 0 all is done, 75 runs are unfinished, 1 a loss was not finite and all else is done, 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import shutil
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from bench import harness
+from bench import accuracy_runs
 from bench.accuracy_presets import ARMS, PRESETS, SWEEP, Job
-from bench.rows import RESULTS, ROOT, Environment, Row, Stats, append_rows, environment, make_row
-from engine import distributed, evaluation_report
-from engine.config import Config, ConfigError, differing_keys
+from bench.accuracy_runs import Clock, OutOfTime
+from bench.rows import ROOT, Environment, environment
+from engine import distributed
+from engine.checkpoint import CheckpointError
+from engine.config import ConfigError
 from engine.data.dataset import DataError
-from engine.encoders import file_encoder
-from engine.evaluate import evaluate, run_settings
-from engine.evaluation import Score
-from engine.evaluation_config import EvaluationConfig
-from engine.export import export_backbone
-from engine.trainer import Trainer
+from engine.evaluation import check
+from engine.trainer import NonFiniteLoss
 
 SEEDS = 3
-LEAST_S = 15.0  # of a slice: less time trains nothing but the set-up
-HISTORY = "trained.json"  # of a run: where it was trained, and for how long
-FINISHED = "finished.json"  # its summary, once its backbones lie beside it
-
-
-class OutOfTime(Exception):
-    """The slice ends here."""
-
-
-class Clock:
-    """The rest of a slice."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
-
-    def left(self, least: float = LEAST_S) -> float | None:
-        """Seconds left, None where there is no limit; raises OutOfTime where they are less than `least`."""
-        if self._end is None:
-            return None
-        left = self._end - time.monotonic()
-        if left < least:
-            raise OutOfTime
-        return left
+FAILED, BAD_INPUT, UNFINISHED = 1, 2, 75  # exit statuses; 75 is EX_TEMPFAIL: try again
+TOLD = {"--state": "STATE", "--root": "DATA"}  # what rows say in place of folders
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options; raises SystemExit."""
-    parser = argparse.ArgumentParser("python -m bench accuracy", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m bench accuracy", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--seeds", type=_count, default=SEEDS, help=f"0 ... this - 1 (default {SEEDS})")
     parser.add_argument("--steps", type=_count, help="of each run, in place of the preset's")
     parser.add_argument("--epochs", type=_count, help="the same in epochs")
     parser.add_argument("--sweep", action="store_true", help="other weights and temperatures of the distillation too")
-    parser.add_argument("--seconds", type=float, help="stop in good order after so long; the same command goes on")
+    parser.add_argument(
+        "--seconds", type=_slice, help=f"stop in good order after so long (exit status {UNFINISHED}); the same goes on"
+    )
     parser.add_argument("--train-only", action="store_true", help="leave evaluation to the same command without this")
     parser.add_argument("--state", type=Path, default=ROOT / "runs" / "accuracy", help="folder of runs and weights")
     parser.add_argument("--root", type=Path, help="data.root")
     parser.add_argument("--train", action="append", default=[], metavar="KEY=VALUE", help="changes the configuration")
-    parser.add_argument("--no-write", action="store_true", help="no rows")
+    parser.add_argument("--no-write", action="store_true", help="no rows; the same command without this appends them")
     parser.epilog = "section.key=value: settings of engine/evaluate.py"
     options, given = parser.parse_known_args(argv)
     options.evaluation = given
@@ -79,8 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.steps is not None and options.epochs is not None:
         parser.error("--steps and --epochs: give one")
-    try:  # before any run, all of which would come to the same
-        settings(options.preset, jobs(options)[0].config(options.state, root=options.root, max_seconds=None), given)
+    try:
+        accuracy_runs.asked(jobs(options)[0], options)  # before any run, all of which would come to the same
     except ConfigError as error:
         parser.error(str(error))
     return options
@@ -91,6 +68,13 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{count} is less than 1")
     return count
+
+
+def _slice(text: str) -> float:
+    seconds, least = float(text), 2 * accuracy_runs.LEAST_S
+    if not least <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}, allowed: at least {least:g}")
+    return seconds
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
@@ -107,170 +91,103 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
-# -- one run -----------------------------------------------------------------------------------------------------------
+class Outcome(NamedTuple):
+    """Of a slice, in runs."""
+
+    unfinished: int
+    failed: int
+
+    @property
+    def status(self) -> int:
+        """For whoever started the command: as long as runs are unfinished, that it is worth another try."""
+        return UNFINISHED if self.unfinished else FAILED if self.failed else 0
 
 
-def pretrain(job: Job, options: argparse.Namespace, ranks: distributed.Ranks, clock: Clock, env: Environment) -> Path:
-    """Trains what is missing of a run and returns its folder; raises OutOfTime with its state saved."""
-    folder = job.folder(options.state)
-    if (folder / FINISHED).exists():
-        return folder
-    left = clock.left()
-    began = time.perf_counter()
-    cfg = job.config(options.state, root=options.root, max_seconds=left)
-    trainer = Trainer(cfg, ranks)
-    summary = trainer.fit()
-    del trainer  # its graphs and weights, before the next takes their place
-    gc.collect()
-    harness.release_memory()
-    _note(folder, env, time.perf_counter() - began)
-    if summary is None:
-        raise OutOfTime
-    _keep_encoders(folder, cfg)
-    return folder
-
-
-def _keep_encoders(folder: Path, cfg: Config) -> None:
-    """Of a finished run the backbones stay, which is all that an evaluation needs: small enough to be moved."""
-    for peer in cfg.peers:
-        export_backbone(folder, peer.name, "dogo", encoder_file(folder, peer.name))
-    (folder / "summary.json").rename(folder / FINISHED)
-    shutil.rmtree(folder / "checkpoints")
-
-
-def encoder_file(folder: Path, peer: str) -> Path:
-    """The backbone of a peer of a finished run."""
-    return folder / f"{peer}.safetensors"
-
-
-def _note(folder: Path, env: Environment, seconds: float) -> None:
-    """Adds a slice to the run's history."""
-    file = folder / HISTORY
-    history = json.loads(file.read_text()) if file.exists() else []
-    slice_ = {
-        "device": env.device_name, "results": env.folder, "torch": env.torch, "triton": env.triton,
-        "driver": env.driver, "commit": env.commit, "date": env.date, "seconds": round(seconds, 1),
-    }  # fmt: skip
-    file.write_text(json.dumps([*history, slice_], indent=1) + "\n")
-
-
-def settings(preset: str, cfg: Config, given: list[str]) -> EvaluationConfig:
-    """The preset's evaluation with the command's changes; data given for a protocol asks for it."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}={json.dumps(value)}"
-
-    found = run_settings(cfg, [*flat(PRESETS[preset].evaluation), *given])
-    asked = [p for p in ("ood", "transfer") if getattr(found, p) and p not in found.protocols]
-    return found.model_copy(update={"protocols": (*found.protocols, *asked)})
-
-
-def assess(job: Job, folder: Path, options: argparse.Namespace, clock: Clock, env: Environment) -> list[Row]:
-    """Evaluates the peers of a finished run; its rows, none where that was done before."""
-    out = folder / "evaluation"
-    cfg = job.config(options.state, root=options.root, max_seconds=None)  # data lie elsewhere on another machine
-    asked = settings(job.preset, cfg, options.evaluation)
-    if (out / "scores.json").exists():
-        _check_same(out, asked)
-        return []
-    clock.left(_longest_evaluation(options.state))
-    began = time.perf_counter()
-    encoders = [file_encoder(encoder_file(folder, peer.name), backbone=None, image_size=None) for peer in cfg.peers]
-    scores = evaluate(encoders, asked, env.device)
-    seconds = round(time.perf_counter() - began, 1)
-    plain = asked.model_dump(mode="json")
-    evaluation_report.write(out, scores, {"settings": plain, "device": env.device_name, "seconds": seconds})
-    return rows_of(job, folder, scores, env)
-
-
-def _check_same(out: Path, asked: EvaluationConfig) -> None:
-    """Raises ConfigError: a run was evaluated before with other settings, files and folders apart."""
-    done = json.loads((out / "scores.json").read_text())["settings"]
-    places = ("data", "noisy.human", "ood", "transfer")
-    keys = [key for key in differing_keys(done, asked.model_dump(mode="json")) if not key.startswith(places)]
-    if keys:
-        raise ConfigError(f"{out}: evaluated before with other {', '.join(keys)}; remove that folder, or give the same")
-
-
-def _longest_evaluation(state: Path) -> float:
-    """Seconds, of those there have been."""
-    found = [json.loads(file.read_text()).get("seconds", 0) for file in state.rglob("evaluation/scores.json")]
-    return max([*found, LEAST_S])
-
-
-def rows_of(job: Job, folder: Path, scores: list[Score], env: Environment) -> list[Row]:
-    """A row a score, and one of the seconds that training took; of the machine that trained the run last."""
-    history, summary = json.loads((folder / HISTORY).read_text()), json.loads((folder / FINISHED).read_text())
-    last = history[-1]
-    trained = replace(
-        env, folder=last["results"], device_name=last["device"], torch=last["torch"], triton=last["triton"],
-        driver=last["driver"], commit=last["commit"], date=last["date"],
-    )  # fmt: skip
-    run = {
-        "preset": job.preset, "steps": summary["steps"], "changes": list(job.changes), "weight": job.arm.weight,
-        "tau_distill": job.arm.tau, "seed": job.seed,
-    }  # fmt: skip
-    rows = [
-        make_row(
-            trained, "accuracy",
-            {**run, "peer": s.peer, "backbone": s.backbone, "protocol": s.protocol, "setting": s.setting,
-             "values": [round(value, 5) for value in s.values], "train": s.train, "test": s.test,
-             "evaluated_on": env.device_name},
-            job.arm.provider, "accuracy", harness.percentiles(list(s.values)), None,
-        )
-        for s in scores
-    ]  # fmt: skip
-    spent: dict[str, float] = {}
-    for part in history:
-        spent[part["device"]] = spent.get(part["device"], 0) + part["seconds"]
-    total = sum(spent.values())
-    case = {**run, "devices": spent}
-    return [
-        *rows,
-        make_row(trained, "accuracy", case, job.arm.provider, "seconds", Stats(*(total,) * 3, 1), None),
-    ]
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
-def collect(options: argparse.Namespace, ranks: distributed.Ranks, env: Environment) -> int:
-    """Works off what is unfinished; returns how many runs still are."""
-    clock, todo = Clock(options.seconds), jobs(options)
-    done = 0
+def collect(options: argparse.Namespace, ranks: distributed.Ranks, env: Environment) -> Outcome:
+    """Works off what is unfinished."""
+    # What failed before comes last: it fails again at the same step, and would take that time from every slice.
+    todo = sorted(jobs(options), key=lambda job: accuracy_runs.failed_before(job.folder(options.state)))
+    if not options.train_only:
+        _check_evaluation(todo, options)
+    clock = Clock(options.seconds)
+    done = failed = 0
     try:
         for job in todo:
-            folder = pretrain(job, options, ranks, clock, env)
-            rows = [] if options.train_only else assess(job, folder, options, clock, env)
-            done += 1
-            print(f"{done} of {len(todo)}: {job.preset}, {job.arm.folder}, seed {job.seed}", flush=True)
-            if rows and not options.no_write:
-                device = json.loads((folder / HISTORY).read_text())[-1]["results"]
-                append_rows(rows, RESULTS / device / "accuracy.jsonl")
+            name = f"{job.preset}, {job.arm.folder}, seed {job.seed}"
+            if _trained(job, name, options, ranks, clock, env):
+                _finish(job, options, clock, env)
+                done += 1
+                print(f"{done + failed} of {len(todo)}: {name}", flush=True)
+            else:
+                failed += 1
     except OutOfTime:
         pass
-    return len(todo) - done
+    return Outcome(len(todo) - done - failed, failed)
+
+
+def _check_evaluation(todo: list[Job], options: argparse.Namespace) -> None:
+    """Raises DataError where an evaluation that is still to come would: training must not be what finds that out."""
+    waiting = (job for job in todo if accuracy_runs.evaluated(job.folder(options.state)) is None)
+    if (job := next(waiting, None)) is not None:  # of all of them: they differ in what was trained alone
+        check(accuracy_runs.asked(job, options))
+
+
+def _trained(
+    job: Job, name: str, options: argparse.Namespace, ranks: distributed.Ranks, clock: Clock, env: Environment
+) -> bool:
+    """Trains a run; False where its loss is not finite, which ends no other."""
+    try:
+        accuracy_runs.pretrain(job, options, ranks, clock, env)
+        return True
+    except NonFiniteLoss as error:
+        print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+    accuracy_runs.release()  # behind the handler: there the traceback still holds the trainer
+    return False
+
+
+def _finish(job: Job, options: argparse.Namespace, clock: Clock, env: Environment) -> None:
+    """Evaluates a trained run and appends its rows, as far as the command asks for it."""
+    if options.train_only:
+        return
+    folder = job.folder(options.state)
+    scores, facts = accuracy_runs.assess(job, folder, options, clock, env)
+    if not options.no_write:
+        accuracy_runs.record(job, folder, scores, facts)
+
+
+def told(argv: list[str]) -> list[str]:
+    """The command's words for rows: what was measured, not where data and state lie on this machine."""
+
+    def words() -> Iterator[str]:
+        place = None
+        for word in argv:
+            option, equals, _ = word.partition("=")
+            if place is not None:
+                yield place
+            elif equals and option in TOLD:
+                yield f"{option}={TOLD[option]}"
+            else:
+                yield accuracy_runs.without_folders(word)
+            place = TOLD.get(word) if place is None else None
+
+    return list(words())
 
 
 def main(argv: list[str]) -> int:
     """Trains, evaluates and appends rows."""
     options = parse(argv)
-    # Rows say what was measured; where data and state lie is this machine's affair.
-    places = {str(options.root): "DATA", str(options.state): "STATE"}
-    env = environment(["accuracy", *(places.get(argument, argument) for argument in argv)])
+    env = environment(["accuracy", *told(argv)])
     distributed.configure_logging(verbose=False)
     ranks = distributed.start()
     try:
-        missing = collect(options, ranks, env)
-    except (ConfigError, DataError) as error:
+        outcome = collect(options, ranks, env)
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     finally:
         distributed.stop()
-    if missing:
-        print(f"{missing} runs are unfinished; the same command goes on")
-    return 0
+    if outcome.failed:
+        print(f"{outcome.failed} runs failed, with a loss that is not finite")
+    if outcome.unfinished:
+        print(f"{outcome.unfinished} runs are unfinished; the same command goes on")
+    return outcome.status

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +15,10 @@ from engine.config import Config, parse_config
 from engine.settings import overridden
 
 LOG_STEPS = 50  # rows wait for the device; a slice ends at one of them
-LABELLED = ["knn", "linear", "few", "noisy"]
+SAVE_STEPS = 1000  # a kill, which asks nobody, costs no more
+MEASURED = {"protocols": ["knn", "linear", "few", "noisy", "corruptions"], "corruptions": {"images": 500}}
+PLAIN_CHANGE = re.compile(r"[A-Za-z0-9._]+=[A-Za-z0-9._-]*")
+MOST_LETTERS = 150  # of a folder's name that are changes
 
 
 class Preset(NamedTuple):
@@ -31,13 +37,13 @@ class Preset(NamedTuple):
 PRESETS = {
     "tiny": Preset(
         "quickstart", {"steps": 200}, (),
-        {"protocols": LABELLED, "knn": {"k": 50}, "linear": {"steps": 1000}, "noisy": {"rates": [0.4, 0.8]},
-         "few": {"shares": [0.01, 0.1]}, "corruptions": {"images": 500}},
+        {**MEASURED, "knn": {"k": 50}, "linear": {"steps": 1000}, "noisy": {"rates": [0.4, 0.8]},
+         "few": {"shares": [0.01, 0.1]}, "corruptions": {"images": 200}},
     ),
-    "cifar10-wrn16-wrn16": Preset("cifar10_wrn16_wrn16", {"epochs": 200}, (), {"protocols": LABELLED}),
-    "cifar10-wrn16-r50": Preset("cifar10_wrn16_r50", {"epochs": 200}, (), {"protocols": LABELLED}),
-    "cifar10-r18-r18": Preset("cifar10_r18_r18", {"epochs": 200}, (), {"protocols": LABELLED}),
-    "imagewoof-r18-r50": Preset("folder_r18_r50", {"epochs": 200}, ("data.image_size=128",), {"protocols": LABELLED}),
+    "cifar10-wrn16-wrn16": Preset("cifar10_wrn16_wrn16", {"epochs": 200}, (), MEASURED),
+    "cifar10-wrn16-r50": Preset("cifar10_wrn16_r50", {"epochs": 200}, (), MEASURED),
+    "cifar10-r18-r18": Preset("cifar10_r18_r18", {"epochs": 200}, (), MEASURED),
+    "imagewoof-r18-r50": Preset("folder_r18_r50", {"epochs": 200}, ("data.image_size=128",), MEASURED),
 }  # fmt: skip
 
 
@@ -78,8 +84,15 @@ class Job(NamedTuple):
 
     def folder(self, state: Path) -> Path:
         """Of the run: told apart by everything that changes it."""
-        names = [self.preset, f"{self.budget[1]}{self.budget[0]}", *(c.replace("/", "_") for c in self.changes)]
+        names = [self.preset, f"{self.budget[1]}{self.budget[0]}", *self._named_changes()]
         return state / "-".join(names) / self.arm.folder / f"seed{self.seed}"
+
+    def _named_changes(self) -> list[str]:
+        """As they are where that makes one folder name of them only; else readable, and told apart by a digest."""
+        if all(map(PLAIN_CHANGE.fullmatch, self.changes)) and sum(map(len, self.changes)) <= MOST_LETTERS:
+            return list(self.changes)
+        digest = hashlib.sha256(json.dumps(self.changes).encode()).hexdigest()[:8]
+        return [re.sub(r"[^A-Za-z0-9.=_-]", "_", "-".join(self.changes))[:MOST_LETTERS], digest]
 
     def config(self, state: Path, *, root: Path | None, max_seconds: float | None) -> Config:
         """The run's configuration."""
@@ -87,7 +100,8 @@ class Job(NamedTuple):
         plain = yaml.safe_load((ROOT / "configs" / f"{preset.config}.yaml").read_text())
         plain["run"] = {
             "output_dir": str(self.folder(state)), "seed": self.seed, self.budget[0]: self.budget[1],
-            "keep_checkpoints": 1, "max_seconds": max_seconds, "log_every_steps": LOG_STEPS,
+            "save_every_steps": SAVE_STEPS, "keep_checkpoints": 1, "max_seconds": max_seconds,
+            "log_every_steps": LOG_STEPS,
         }  # fmt: skip
         plain["distill"] = {**plain.get("distill", {}), "weight": self.arm.weight, "tau": self.arm.tau}
         plain["eval"] = {"knn": None}  # what comes behind a run tells more
