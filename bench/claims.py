@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from bench import claims_picture
 from bench.accuracy_presets import DOGO
+from bench.claims_gains import Gain, Key, comparisons, gain, peers_of
 from bench.readme import markdown
 from bench.rows import RESULTS, ROOT, Row, read_rows
 
 PAGE = ROOT / "RESULTS.md"
-
-# 97.5 % quantiles of Student's t by degrees of freedom, any table of it has them.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-# Of a row's command: with others it is another measurement.
-SETTINGS = ("seed=", "draws=", "knn.", "linear.", "corruptions.images=")
 
 # What the abstract says (Bhat, Arani & Zonooz 2021, arXiv 2104.09866), and the scores that would show it.
 CLAIMS = {
@@ -34,97 +27,21 @@ CLAIMS = {
     "also with noisy labels": ("noisy",),
     "also out of distribution": ("ood", "transfer", "corruptions"),
 }
-VERDICTS = ("gain", "no difference seen", "loss", "one seed")
+VERDICTS = ("gain", "no difference seen", "loss")  # and "one seed", which says nothing
 YARDSTICKS = (
     ("ResNet-18, SimCLR, 1,000 epochs, linear", "90.7 %", "solo-learn"),
     ("ResNet-18, SimCLR, 200 epochs, kNN (k = 200)", "84.8 %", "lightly"),
 )
-
-
-class Key(NamedTuple):
-    """What runs that are compared have in common."""
-
-    preset: str
-    steps: int
-    changes: tuple[str, ...]
-    evaluation: tuple[str, ...]
-    """Settings of the probes that change their scores."""
-
-
-class Gain(NamedTuple):
-    """Differences of one score over seeds."""
-
-    n: int
-    alone: Sequence[float]
-    together: Sequence[float]
-
-    @property
-    def mean(self) -> float:
-        """Of the differences."""
-        return statistics.fmean(self.differences)
-
-    @property
-    def differences(self) -> list[float]:
-        """With minus without distillation, a seed each."""
-        return [b - a for a, b in zip(self.alone, self.together, strict=True)]
-
-    @property
-    def half_width(self) -> float | None:
-        """Of the 95 % interval; None for one seed."""
-        if self.n < 2:
-            return None
-        return student(self.n - 1) * statistics.stdev(self.differences) / self.n**0.5
-
-    @property
-    def verdict(self) -> str:
-        """What the interval says."""
-        if self.half_width is None:
-            return "one seed"
-        if abs(self.mean) <= self.half_width:
-            return "no difference seen"
-        return "gain" if self.mean > 0 else "loss"
-
-
-def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t: beyond the table by Abramowitz & Stegun 26.7.5, right to four digits there."""
-    if freedom <= len(STUDENT):
-        return STUDENT[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**i for i, term in enumerate(terms))
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
+WORDS = (
+    "holds: gains in at least half of the scores and no loss; not seen: no loss, and gains in fewer; contradicted: "
+    "losses and no gain; mixed: both; one seed: no interval."
+)
 
 
 def measured(device: str) -> list[Row]:
     """Rows of `bench accuracy` of one device."""
     path = RESULTS / device / "accuracy.jsonl"
     return [row for row in read_rows(path) if "preset" in row.case] if path.exists() else []
-
-
-def key_of(row: Row) -> Key:
-    """The comparison that a row belongs to."""
-    given = [word for word in shlex.split(row.command) if word.startswith(SETTINGS)]
-    return Key(row.case["preset"], row.case["steps"], tuple(row.case["changes"]), tuple(sorted(given)))
-
-
-def by_seed(rows: Iterable[Row], weight: float, tau: float, **where: object) -> dict[int, float]:
-    """Mean score of each seed, the newest row of each."""
-    found = {}
-    for row in rows:
-        case = row.case
-        same = row.metric == "accuracy" and where.items() <= case.items() and case["weight"] == weight
-        if same and (weight == 0 or case["tau_distill"] == tau):
-            found[case["seed"]] = statistics.fmean(case["values"])
-    return found
-
-
-def gain(rows: Sequence[Row], weight: float, tau: float, **where: object) -> Gain | None:
-    """Over the seeds that have both; None where there are none."""
-    alone, together = by_seed(rows, 0.0, tau, **where), by_seed(rows, weight, tau, **where)
-    seeds = sorted(alone.keys() & together.keys())
-    return Gain(len(seeds), [alone[s] for s in seeds], [together[s] for s in seeds]) if seeds else None
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -139,51 +56,61 @@ def page(devices: Sequence[str]) -> str:
         "`bench/results/*/accuracy.jsonl`; every figure is a row there.\n",
         "Each seed is run twice, with the distillation's weight at 0 and above: the same weights at the start, views, "
         "batches and steps.  A gain is the difference within a seed, ± half of its 95 % interval (Student's t over "
-        "seeds); a gain within its interval is no difference seen.  Scores of one run depend on each other, so that "
-        "many gains are not many proofs.\n",
+        "seeds); a gain within its interval is no difference seen.  At 95 %, about one interval in twenty misses the "
+        "true gain by chance.  Scores of one run depend on each other, so that many gains are not many proofs.\n",
     ]
-    found = {device: rows for device in devices if (rows := measured(device))}
-    parts.append(_claims(found))
-    for device, rows in found.items():
-        for key in dict.fromkeys(map(key_of, rows)):
-            parts.append(_section(device, key, [row for row in rows if key_of(row) == key]))
-    parts.append(_yardsticks())
-    return "\n".join(parts)
+    found = [(device, key, rows) for device in devices for key, rows in comparisons(measured(device)).items()]
+    return "\n".join([*parts, _claims(found), _yardsticks(), *(_section(*comparison) for comparison in found)])
 
 
-def _claims(found: dict[str, list[Row]]) -> str:
-    """The paper's claims against every comparison there is."""
+def _claims(found: Sequence[tuple[str, Key, list[Row]]]) -> str:
+    """The paper's claims against every comparison there is, peer by peer."""
     lines = []
-    for device, rows in found.items():
-        for key in dict.fromkeys(map(key_of, rows)):
-            own = [row for row in rows if key_of(row) == key]
-            for claim, protocols in CLAIMS.items():
-                gains = list(_gains(own, protocols))
-                if gains:
-                    lines.append([_title(device, key), claim, *_verdicts(gains)])
-    header = ["setting", "claim", "scores", *VERDICTS, "mean gain"]
-    return "## The claims\n\n" + markdown(header, lines)
+    for device, key, rows in found:
+        for claim, protocols in CLAIMS.items():
+            gains = {peer: _gains(rows, protocols, *peer) for peer in peers_of(rows)}
+            if not any(gains.values()):
+                lines.append([_title(device, key), claim, "-", *_told([])])
+                continue
+            for (peer, backbone), own in gains.items():
+                lines.append([_title(device, key), claim, f"{peer} ({backbone})", *_told(own)])
+    header = ["setting", "claim", "peer", "seeds", "scores", *VERDICTS, "mean gain", "says"]
+    return f"## The claims\n\n{markdown(header, lines)}\n{WORDS}\n"
 
 
-def _gains(rows: list[Row], protocols: Sequence[str]) -> Iterable[Gain]:
-    """Of every peer and score, corruptions as their mean alone."""
+def _gains(rows: list[Row], protocols: Sequence[str], peer: str, backbone: str) -> list[Gain]:
+    """Of every score of a peer, corruptions as their mean alone."""
     scores = dict.fromkeys(
-        (row.case["protocol"], row.case["setting"], row.case["peer"])
+        (row.case["protocol"], row.case["setting"])
         for row in rows
         if row.metric == "accuracy" and row.case["protocol"] in protocols
     )
-    for protocol, setting, peer in scores:
-        if protocol == "corruptions" and setting != "mean":
-            continue
-        found = gain(rows, *DOGO, protocol=protocol, setting=setting, peer=peer)
-        if found is not None:
-            yield found
+    found = [
+        gain(rows, *DOGO, protocol=protocol, setting=setting, peer=peer, backbone=backbone)
+        for protocol, setting in scores
+        if protocol != "corruptions" or setting == "mean"
+    ]
+    return [own for own in found if own is not None]
 
 
-def _verdicts(gains: list[Gain]) -> list[str]:
+def _told(gains: list[Gain]) -> list[str]:
+    """The cells of a claim: seeds, scores, verdicts, mean gain, and what they say together."""
+    if not gains:
+        return [*["-"] * (3 + len(VERDICTS)), "not measured"]
+    seeds = sorted({g.n for g in gains})
     count = {verdict: sum(g.verdict == verdict for g in gains) for verdict in VERDICTS}
     mean = statistics.fmean(g.mean for g in gains)
-    return [str(len(gains)), *map(str, count.values()), f"{100 * mean:+.1f}"]
+    return [
+        str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}", str(len(gains)), *map(str, count.values()),
+        f"{100 * mean:+.1f}", "one seed" if seeds == [1] else says(count["gain"], count["loss"], len(gains)),
+    ]  # fmt: skip
+
+
+def says(gains: int, losses: int, scores: int) -> str:
+    """What gains and losses among so many scores say of a claim."""
+    if losses:
+        return "mixed" if gains else "contradicted"
+    return "holds" if 2 * gains >= scores else "not seen"
 
 
 def _title(device: str, key: Key) -> str:
@@ -202,16 +129,15 @@ def _section(device: str, key: Key, rows: list[Row]) -> str:
 
 def every_gain(rows: Sequence[Row]) -> dict[tuple[str, str], Gain]:
     """(score, peer) -> its gain by the method's own distillation."""
-    peers = dict.fromkeys((row.case["peer"], row.case["backbone"]) for row in rows if row.metric == "accuracy")
     scores = dict.fromkeys(
         (row.case["protocol"], row.case["setting"]) for row in rows if row.metric == "accuracy"
     )  # fmt: skip
     found = {
         (f"{protocol} {setting}".strip(), f"{peer} ({backbone})"): gain(
-            rows, *DOGO, protocol=protocol, setting=setting, peer=peer
+            rows, *DOGO, protocol=protocol, setting=setting, peer=peer, backbone=backbone
         )
         for protocol, setting in scores
-        for peer, backbone in peers
+        for peer, backbone in peers_of(rows)
     }
     return {key: own for key, own in found.items() if own is not None}
 
@@ -239,26 +165,44 @@ def _sweep(rows: list[Row]) -> str:
     arms = sorted({(row.case["weight"], row.case["tau_distill"]) for row in rows if row.case["weight"]})
     if len(arms) < 2:
         return ""
-    peers = dict.fromkeys((row.case["peer"], row.case["backbone"]) for row in rows if row.metric == "accuracy")
+    peers = peers_of(rows)
     lines = []
     for weight, tau in arms:
-        gains = [gain(rows, weight, tau, protocol="linear", peer=peer) for peer, _ in peers]
+        gains = [gain(rows, weight, tau, protocol="linear", peer=peer, backbone=b) for peer, b in peers]
         lines.append([f"{weight:g}", f"{tau:g}", *("-" if g is None else _cells(g)[2] for g in gains)])
     header = ["weight", "temperature", *(f"{peer} ({backbone}), linear" for peer, backbone in peers)]
     return "The gain by weight and temperature of the distillation:\n\n" + markdown(header, lines)
 
 
 def _source(rows: list[Row]) -> str:
-    """Machine, time and commands."""
-    spent = sum(row.p50 for row in rows if row.metric == "seconds")
-    runs = sum(row.metric == "seconds" for row in rows)
-    last = rows[-1]
-    commands = ", ".join(f"`{c}` (commit {k})" for k, c in dict.fromkeys((row.commit, row.command) for row in rows))
-    what = "GPU hours" if last.driver else "hours"
-    return (
-        f"{runs} runs of two peers, {spent / 3600:.2f} {what} of training on {last.device_name}, torch {last.torch}, "
-        f"{last.date}: {commands}\n"
+    """Machines, times and commands."""
+    runs = [row for row in rows if row.metric == "seconds"]
+    spent: dict[str, float] = {}
+    for run in runs:
+        for device, seconds in run.case["devices"].items():
+            spent[device] = spent.get(device, 0) + seconds
+    hours = " and ".join(
+        f"{seconds / 3600:.2f} {'hours' if is_cpu(device) else 'GPU hours'} of training on {device}"
+        for device, seconds in spent.items()
     )
+    elsewhere = dict.fromkeys(
+        row.case["evaluated_on"] for row in rows if row.case.get("evaluated_on", row.device_name) != row.device_name
+    )
+    evaluated = f" (evaluated on {', '.join(elsewhere)})" if elsewhere else ""
+    # Rows from before commits were kept have that of their last slice.
+    commits: dict[str, dict[str, None]] = {}
+    for row in (*runs, *rows):
+        commits.setdefault(row.command, {}).update(dict.fromkeys(row.case.get("commits", [row.commit])))
+    commands = ", ".join(f"`{c}` (commit{'s' * (len(k) > 1)} {', '.join(k)})" for c, k in commits.items())
+    versions, dates = dict.fromkeys(row.torch for row in rows), sorted({row.date for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    software = f"torch {', '.join(versions)}"
+    return f"{len(runs)} runs of two peers, {hours}{evaluated}, {software}, {when}: {commands}\n"
+
+
+def is_cpu(device: str) -> bool:
+    """Whether a row's device is a CPU: bench/rows.py names those by their cores."""
+    return re.match(r"\d+ cores", device) is not None
 
 
 def _yardsticks() -> str:
@@ -275,9 +219,8 @@ def main(argv: list[str]) -> int:
     devices = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
     PAGE.write_text(page(devices))
     for device in devices:
-        rows = measured(device)
-        for key in dict.fromkeys(map(key_of, rows)):
-            own = every_gain([row for row in rows if key_of(row) == key])
+        for key, rows in comparisons(measured(device)).items():
+            own = every_gain(rows)
             points = {which: (100 * g.mean, 100 * (g.half_width or 0)) for which, g in own.items()}
             if points:
                 claims_picture.draw(points, _title(device, key).replace("`", ""), picture_of(device, key))

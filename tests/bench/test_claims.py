@@ -7,13 +7,12 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 
-from bench import claims
-from bench.accuracy import FINISHED, HISTORY, rows_of
+from bench import claims, claims_gains
 from bench.accuracy_presets import ALONE, DOGO, Arm, Job
+from bench.accuracy_runs import FINISHED, HISTORY, rows_of
 from bench.claims import Gain
-from bench.rows import RESULTS, Environment, Row, append_rows, read_rows
+from bench.rows import RESULTS, Row, append_rows, read_rows
 from engine.evaluation import Score
 
 PEERS = (("a", "wrn-10-1"), ("b", "wrn-16-2"))
@@ -32,25 +31,25 @@ def results(tmp_path, monkeypatch):
     return folder
 
 
-def environment(folder: str, command: str) -> Environment:
-    gpu = folder != "cpu"
-    return Environment(
-        torch.device("cpu"), folder, f"a {folder}", "2.9", None, "550.1" if gpu else None, "c0ffee", "2026-11-27",
-        command,
-    )  # fmt: skip
+NAMES = {"cpu": "2 cores (a CPU)"}
+
+
+def slice_of(device: str, seconds: float, commit="c0ffee") -> dict:
+    """A slice of training, as a run's history has it."""
+    return {"device": NAMES.get(device, f"a {device}"), "results": device, "torch": "2.9", "triton": None,
+            "driver": None if device == "cpu" else "550.1", "commit": commit, "date": "2026-11-27",
+            "seconds": seconds}  # fmt: skip
 
 
 def measure(
     results, arm: Arm, seed: int, values: dict[tuple[str, str, str], list[float]], *, preset="tiny", steps=200,
-    changes=(), device="cpu", seconds=1800.0, command="python -m bench accuracy tiny",
+    changes=(), device="cpu", seconds=1800.0, command="python -m bench accuracy tiny", history=None, evaluated_on=None,
 ) -> list[Row]:  # fmt: skip
     """Appends the rows of one run as `bench accuracy` makes them; `values`: (protocol, setting, peer) -> draws."""
     run = results.parent / "run"
     run.mkdir(exist_ok=True)
-    slice_ = {"device": f"a {device}", "results": device, "torch": "2.9", "triton": None,
-              "driver": environment(device, "").driver, "commit": "c0ffee", "date": "2026-11-27",
-              "seconds": seconds / 2}  # fmt: skip
-    (run / HISTORY).write_text(json.dumps([slice_, slice_]))
+    history = history or [slice_of(device, seconds / 2)] * 2
+    (run / HISTORY).write_text(json.dumps(history))
     (run / FINISHED).write_text(json.dumps({"steps": steps}))
     backbones = dict(PEERS)
     scores = [
@@ -58,8 +57,9 @@ def measure(
         for (protocol, setting, peer), draws in values.items()
     ]
     job = Job(preset, arm, seed, ("steps", steps), tuple(changes))
-    rows = rows_of(job, run, scores, environment(device, command))
-    append_rows(rows, results / device / "accuracy.jsonl")
+    facts = {"device": evaluated_on or history[-1]["device"], "command": command}
+    rows = rows_of(job, run, scores, facts)
+    append_rows(rows, results / history[-1]["results"] / "accuracy.jsonl")
     return rows
 
 
@@ -80,7 +80,7 @@ LINEAR = {"protocol": "linear", "setting": "", "peer": "a"}
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 9, 10, 11, 14, 20, 30, 60, 200])
 def test_the_interval_is_students(freedom):
     """95 % of t's density, integrated, lie within the quantile."""
-    t = np.linspace(0.0, claims.student(freedom), 200_001)
+    t = np.linspace(0.0, claims_gains.student(freedom), 200_001)
     log = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
     density = np.exp(log - (freedom + 1) / 2 * np.log1p(t * t / freedom))
     assert 2 * np.trapezoid(density, t) == pytest.approx(0.95, abs=5e-5)  # quantiles of three decimals
@@ -128,7 +128,7 @@ def test_gains_are_within_a_seed(results):
         measure(results, ALONE, seed, linear(value))
     for seed, value in together.items():
         measure(results, DOGO, seed, linear(value))
-    found = claims.gain(of_device(), *DOGO, **LINEAR)
+    found = claims_gains.gain(of_device(), *DOGO, **LINEAR)
     assert found is not None and found.n == 3
     assert (list(found.alone), list(found.together)) == ([0.30, 0.60, 0.45], [0.31, 0.63, 0.47])
     assert found.mean == pytest.approx(0.02)
@@ -138,24 +138,24 @@ def test_gains_are_within_a_seed(results):
 
 def test_without_a_seed_in_common_there_is_no_gain(results):
     measure(results, ALONE, 0, linear(0.3))
-    assert claims.gain(of_device(), *DOGO, **LINEAR) is None
+    assert claims_gains.gain(of_device(), *DOGO, **LINEAR) is None
     measure(results, DOGO, 1, linear(0.4))
-    assert claims.gain(of_device(), *DOGO, **LINEAR) is None
-    assert claims.gain(of_device(), *DOGO, protocol="knn") is None
+    assert claims_gains.gain(of_device(), *DOGO, **LINEAR) is None
+    assert claims_gains.gain(of_device(), *DOGO, protocol="knn") is None
 
 
 def test_the_newest_row_of_a_seed_counts(results):
     for arm, values in ((ALONE, (0.9, 0.3)), (DOGO, (0.1, 0.35))):
         for value in values:
             measure(results, arm, 0, linear(value))
-    found = claims.gain(of_device(), *DOGO, **LINEAR)
+    found = claims_gains.gain(of_device(), *DOGO, **LINEAR)
     assert found is not None and (found.n, list(found.alone), list(found.together)) == (1, [0.3], [0.35])
 
 
 def test_a_score_is_the_mean_of_its_draws(results):
     measure(results, ALONE, 0, {("linear", "", "a"): [0.1, 0.2, 0.6]})
     measure(results, DOGO, 0, {("linear", "", "a"): [0.5, 0.5, 0.8]})
-    found = claims.gain(of_device(), *DOGO, **LINEAR)
+    found = claims_gains.gain(of_device(), *DOGO, **LINEAR)
     assert found is not None and found.mean == pytest.approx(0.3)
     assert found.alone == pytest.approx([0.3])
 
@@ -174,7 +174,7 @@ def test_scores_peers_and_arms_are_kept_apart(results):
         measure(results, arm, 0, scores)
     for (arm, protocol, setting, peer), value in wanted.items():
         if arm != ALONE:
-            found = claims.gain(of_device(), *arm, protocol=protocol, setting=setting, peer=peer)
+            found = claims_gains.gain(of_device(), *arm, protocol=protocol, setting=setting, peer=peer)
             assert found is not None
             assert found.together == pytest.approx([value])
             assert found.alone == pytest.approx([wanted[ALONE, protocol, setting, peer]])
@@ -257,29 +257,50 @@ def test_the_papers_claims_are_counted(results):
     })  # fmt: skip
     (table,) = tables(section(claims.page(["cpu"]), "The claims"))
     title = "`tiny`, 200 steps, cpu"
+    better, few, noisy, elsewhere = claims.CLAIMS
+    a, b = "a (wrn-10-1)", "b (wrn-16-2)"
     assert table == [
-        ["setting", "claim", "scores", "gain", "no difference seen", "loss", "one seed", "mean gain"],
-        [
-            title,
-            "better features than the same network trained alone",
-            "4",
-            "2",
-            "1",
-            "1",
-            "0",
-            "+0.8",
-        ],  # 2.1-3.1+2.0+2.1
-        [title, "also with limited labels", "2", "0", "2", "0", "0", "+2.0"],
-        [title, "also with noisy labels", "1", "0", "0", "1", "0", "-3.1"],
-        [title, "also out of distribution", "2", "2", "0", "0", "0", "+2.1"],
+        ["setting", "claim", "peer", "seeds", "scores", "gain", "no difference seen", "loss", "mean gain", "says"],
+        [title, better, a, "3", "2", "1", "0", "1", "-0.5", "mixed"],  # 2.1 - 3.1
+        [title, better, b, "3", "2", "1", "1", "0", "+2.1", "holds"],  # 2.0 + 2.1
+        [title, few, a, "3", "2", "0", "2", "0", "+2.0", "not seen"],
+        [title, few, b, *["-"] * 6, "not measured"],
+        [title, noisy, a, *["-"] * 6, "not measured"],
+        [title, noisy, b, "3", "1", "0", "0", "1", "-3.1", "contradicted"],
+        [title, elsewhere, a, "3", "2", "2", "0", "0", "+2.1", "holds"],
+        [title, elsewhere, b, *["-"] * 6, "not measured"],
     ]
 
 
-def test_claims_without_scores_are_left_out(results):
+@pytest.mark.parametrize(
+    ("gains", "losses", "scores", "said"),
+    [(1, 0, 1, "holds"), (2, 0, 4, "holds"), (1, 0, 3, "not seen"), (0, 0, 3, "not seen"), (0, 1, 3, "contradicted"),
+     (2, 1, 3, "mixed"), (1, 1, 9, "mixed")],
+)  # fmt: skip
+def test_what_scores_say_of_a_claim(gains, losses, scores, said):
+    assert claims.says(gains, losses, scores) == said
+
+
+def test_a_claim_without_scores_is_not_measured(results):
+    """Scores of one arm alone are none."""
     measure(results, ALONE, 0, {("few", "1%", "a"): [0.1], ("linear", "", "a"): [0.3]})
     measure(results, DOGO, 0, {("few", "1%", "a"): [0.2]})
     (table,) = tables(section(claims.page(["cpu"]), "The claims"))
-    assert [line[1] for line in table[1:]] == ["also with limited labels"]
+    assert [line[1:] for line in table[1:]] == [
+        [claim, "a (wrn-10-1)", "1", "1", "0", "0", "0", "+10.0", "one seed"]
+        if "limited" in claim
+        else [claim, "-", *["-"] * 6, "not measured"]
+        for claim in claims.CLAIMS
+    ]
+
+
+def test_scores_of_fewer_seeds_are_told(results):
+    for seed in range(2):
+        more = {("knn", "k=50", "a"): [0.5]} if seed else {}
+        measure(results, ALONE, seed, linear(0.3) | more)
+        measure(results, DOGO, seed, linear(0.31 + 0.001 * seed) | {key: [0.6] for key in more})
+    (table,) = tables(section(claims.page(["cpu"]), "The claims"))
+    assert table[1][2:] == ["a (wrn-10-1)", "1 to 2", "2", "1", "0", "0", "+5.5", "holds"]
 
 
 def test_other_presets_steps_changes_and_devices_are_other_comparisons(results):
@@ -307,9 +328,12 @@ def test_other_presets_steps_changes_and_devices_are_other_comparisons(results):
     (table,) = tables(section(page, "`tiny`, 300 steps, cpu"))
     assert table[1:] == [] and "99.0" not in page
     (table,) = tables(section(page, "The claims"))
-    assert sorted((line[0], line[-1]) for line in table[1:]) == sorted(
+    assert sorted((line[0], line[-2]) for line in table[1:] if line[-1] != "not measured") == sorted(
         (title, f"+{100 * gain:.1f}") for title, (gain, _) in pairs.items()
     )
+    assert [line[1:] for line in table if "300 steps" in line[0]] == [
+        [claim, "-", *["-"] * 6, "not measured"] for claim in claims.CLAIMS
+    ]
 
 
 def test_arms_are_compared_where_there_are_several(results):
@@ -336,13 +360,48 @@ def test_the_page_says_where_its_rows_come_from(results):
             measure(results, arm, 0, linear(0.3), device=device, seconds=1800.0 * (1 + i), command=f"command {i}")
     page = claims.page(["cpu", "h200"])
     source = (
-        "2 runs of two peers, 1.50 {hours} of training on a {device}, torch 2.9, 2026-11-27: "
+        "2 runs of two peers, 1.50 {hours} of training on {device}, torch 2.9, 2026-11-27: "
         "`command 0` (commit c0ffee), `command 1` (commit c0ffee)\n"
     )
-    assert source.format(hours="hours", device="cpu") in section(page, "`tiny`, 200 steps, cpu")
-    assert source.format(hours="GPU hours", device="h200") in section(page, "`tiny`, 200 steps, h200")
+    assert source.format(hours="hours", device=NAMES["cpu"]) in section(page, "`tiny`, 200 steps, cpu")
+    assert source.format(hours="GPU hours", device="a h200") in section(page, "`tiny`, 200 steps, h200")
+    assert "one interval in twenty" in page.partition("\n## ")[0]
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles[:2] == ["## The claims", "## Others' figures on CIFAR-10"] and len(titles) == 4
     (table,) = tables(section(page, "Others' figures on CIFAR-10"))
     assert [tuple(line) for line in table[1:]] == list(claims.YARDSTICKS)
+
+
+def test_hours_are_told_by_device_and_once_a_run(results):
+    """Trained on two machines by two commits, evaluated on a third; and appended again since."""
+    history = [slice_of("cpu", 1800.0, "aaa"), slice_of("h200", 360.0, "bbb")]
+    for _ in range(2):
+        for arm in (ALONE, DOGO):
+            measure(results, arm, 0, linear(0.3), history=history, evaluated_on="an A100", command="command")
+    assert (
+        "2 runs of two peers, 1.00 hours of training on 2 cores (a CPU) and 0.20 GPU hours of training on a h200 "
+        "(evaluated on an A100), torch 2.9, 2026-11-27: `command` (commits aaa, bbb)\n"
+    ) in section(claims.page(["cpu", "h200"]), "`tiny`, 200 steps, h200")
+
+
+def test_settings_of_the_probes_are_part_of_a_comparison(results):
+    """Those that change a score of the same name; not shares, rates and kinds, nor what --train already says."""
+    given = (
+        "seed=1 draws=2 data.image_size=64 data.root=x knn.k=7 linear.steps=9 linear.steps=8 corruptions.images=5 "
+        "few.shares=[0.1] noisy.kinds=[pairflip] noisy.human=x.npz"
+    )
+    command = f"python -m bench accuracy tiny --train data.batch_size=64 {given} --train=data.views=shared"
+    (row, _) = measure(results, ALONE, 0, linear(0.3), command=command, changes=("data.batch_size=64",))
+    key = claims_gains.key_of(row)
+    assert key.changes == ("data.batch_size=64",)
+    assert key.evaluation == (
+        "corruptions.images=5", "data.image_size=64", "draws=2", "knn.k=7", "linear.steps=8", "seed=1",
+    )  # fmt: skip
+
+
+def test_rows_tell_no_folders(results):
+    rows = measure(results, ALONE, 0, linear(0.3), changes=("data.manifest=/home/me/m.json", "data.batch_size=64"))
+    assert {tuple(row.case["changes"]) for row in rows} == {("data.manifest=m.json", "data.batch_size=64")}
 
 
 def test_rows_of_other_subjects_are_none_of_its_own(results):
