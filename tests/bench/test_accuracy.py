@@ -244,7 +244,7 @@ def test_half_an_evaluation_is_none(bench, monkeypatch):
 def test_one_state_has_one_evaluation(bench, capsys):
     assert bench("noisy.human=x.npz") == 0
     assert bench("noisy.human=/elsewhere/x.npz", "--root", "elsewhere") == 0 and bench.evaluated == 2
-    for other, key in (("noisy.human=null", "noisy.human"), ("data.image_size=64", "data.image_size")):
+    for other, key in (("noisy.human=null", "noisy.human"), ("knn.tau=0.5", "knn.tau")):
         assert bench("noisy.human=x.npz", other) == accuracy.BAD_INPUT
         assert f"evaluated before with other {key}; remove that folder" in capsys.readouterr().err
 
