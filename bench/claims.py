@@ -128,10 +128,13 @@ def _section(device: str, key: Key, rows: list[Row]) -> str:
 
 
 def every_gain(rows: Sequence[Row]) -> dict[tuple[str, str], Gain]:
-    """(score, peer) -> its gain by the method's own distillation."""
+    """(score, peer) -> its gain by the method's own distillation; corruptions by their groups alone."""
     scores = dict.fromkeys(
-        (row.case["protocol"], row.case["setting"]) for row in rows if row.metric == "accuracy"
-    )  # fmt: skip
+        (row.case["protocol"], row.case["setting"])
+        for row in rows
+        if row.metric == "accuracy"
+        and (row.case["protocol"] != "corruptions" or row.case["setting"].startswith(("clean", "mean", "all ")))
+    )
     found = {
         (f"{protocol} {setting}".strip(), f"{peer} ({backbone})"): gain(
             rows, *DOGO, protocol=protocol, setting=setting, peer=peer, backbone=backbone
