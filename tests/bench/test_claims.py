@@ -214,7 +214,8 @@ SURE, UNSURE, WORSE = [0.02, 0.021, 0.022], [0.02, -0.03, 0.07], [-0.031, -0.03,
 def test_every_figure_of_a_comparison_is_on_the_page(results):
     three_seeds(results, {
         ("knn", "k=50", "a"): SURE, ("knn", "k=50", "b"): UNSURE, ("linear", "", "a"): WORSE,
-        ("linear", "", "b"): SURE, ("few", "10%", "a"): SURE, ("corruptions", "all weather", "b"): WORSE, ("corruptions", "fog", "b"): SURE,
+        ("linear", "", "b"): SURE, ("few", "10%", "a"): SURE,
+        ("corruptions", "all weather", "b"): WORSE, ("corruptions", "fog", "b"): SURE,
     })  # fmt: skip
     own = section(claims.page(["cpu"]), "`tiny`, 200 steps, cpu")
     (table,) = tables(own)
