@@ -174,7 +174,8 @@ def _sweep(rows: list[Row]) -> str:
         gains = [gain(rows, weight, tau, protocol="linear", peer=peer, backbone=b) for peer, b in peers]
         lines.append([f"{weight:g}", f"{tau:g}", *("-" if g is None else _cells(g)[2] for g in gains)])
     header = ["weight", "temperature", *(f"{peer} ({backbone}), linear" for peer, backbone in peers)]
-    return "The gain by weight and temperature of the distillation; without an interval, of one seed:\n\n" + markdown(header, lines)
+    head = "The gain by weight and temperature of the distillation; without an interval, of one seed:\n\n"
+    return head + markdown(header, lines)
 
 
 def _source(rows: list[Row]) -> str:
