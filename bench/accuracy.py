@@ -22,7 +22,7 @@ from engine import distributed
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError
 from engine.data.dataset import DataError
-from engine.evaluation import check
+from engine.evaluation_data import check
 from engine.trainer import NonFiniteLoss
 
 SEEDS = 3

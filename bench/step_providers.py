@@ -18,9 +18,9 @@ from bench.step_data import READY_LOADER, REAL, Images, trained_on
 from engine.config import Config, load_config
 from engine.data import dali_loader, resident_loader
 from engine.data.torch_loader import CHUNK
-from engine.distributed import Ranks, cores_per_rank
+from engine.distributed import Ranks, cores_per_rank, workers_of
 from engine.profile import WHOLE, part
-from engine.trainer import MAX_AUTO_WORKERS, Trainer
+from engine.trainer import Trainer
 
 CAPTURED, BOTH, ENGINE, STREAMS, SPLIT, COMPILED, TORCHVISION = OURS = (
     "captured", "captured+compiled", "engine", "streams", "split", "compiled", "torchvision-loader",
@@ -197,7 +197,7 @@ def _of_trainer(cfg: Config, images: Images | None, ranks: Ranks) -> Training:
 
     ahead, together = 0, 1
     if images is not None and cfg.data.loader == "torchvision":
-        workers = min(cores_per_rank(), MAX_AUTO_WORKERS)
+        workers = workers_of("auto")
         a_batch = -(-trainer.order.rows // CHUNK)  # chunks, each made by one worker
         together, ahead = (-(-n * workers // a_batch) for n in (1, PREFETCH))
     elif images is not None:

@@ -10,13 +10,15 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from engine.config import Config, ConfigError
+
+MAX_AUTO_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def local_world_size() -> int:
 def cores_per_rank() -> int:
     """This rank's share of the machine's cores, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def workers_of(setting: int | Literal["auto"]) -> int:
+    """Loader processes or threads of a rank: `data.workers`, where auto is its share of the cores, at most 8."""
+    return min(cores_per_rank(), MAX_AUTO_WORKERS) if setting == "auto" else setting
 
 
 def rows_per_rank(batch_size: int, ranks: Ranks) -> int:

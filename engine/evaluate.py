@@ -31,22 +31,22 @@ from engine.checkpoint import CheckpointError
 from engine.config import Config, ConfigError, load_config
 from engine.data.dataset import DataError
 from engine.data.skipped import SkippedImages
-from engine.distributed import Ranks, cores_per_rank
+from engine.distributed import Ranks, workers_of
 from engine.encoders import Encoder, file_encoder, run_encoder
 from engine.evaluation import Evaluation, Score
 from engine.evaluation_config import EvaluationConfig, LabelledData
+from engine.evaluation_data import check
 from engine.features import Reader
 from engine.settings import overridden, parse_section
 
 BAD_INPUT = 2  # exit code: the user's settings, data or checkpoint
-MAX_WORKERS = 8
 
 
 def evaluate(encoders: Sequence[Encoder], cfg: EvaluationConfig, device: torch.device) -> list[Score]:
     """Every score of every encoder, printed as it is found; encoders are moved to `device`.  Raises DataError."""
     ranks = Ranks(rank=0, world=1, local_rank=0, device=device, group=None)
-    workers = min(cores_per_rank(), MAX_WORKERS) if cfg.data.workers == "auto" else cfg.data.workers
-    skipped = SkippedImages(ranks)
+    workers, skipped = workers_of(cfg.data.workers), SkippedImages(ranks)
+    check(cfg)  # once for all encoders
     scores = []
     for encoder in encoders:
         encoder.module.to(device).to(memory_format=torch.channels_last)

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from engine.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from engine.data.dataset import DataError, ImageDataset
-from engine.data.torch_loader import normalized, plain_pixels
+from engine.data.torch_loader import normalized, pixel_statistics, plain_pixels
 from engine.encoders import Encoder
 from engine.evaluation_config import EvaluationConfig
 from engine.evaluation_data import (
     LEFT_OUT,
-    check,
     human_labels,
     labels_of,
     noisy_labels,
@@ -73,8 +72,10 @@ class Evaluation:
         self.encoder, self.cfg, self.reader = encoder, cfg, reader
 
     def scores(self) -> Iterator[Score]:
-        """Every score that the settings ask for, as it is found.  Raises DataError, before any work where it can."""
-        check(self.cfg)
+        """Every score that the settings ask for, as it is found.
+
+        Raises DataError; `evaluation_data.check` does before any work where it can.
+        """
         protocols: dict[str, Callable[[], Iterator[Score]]] = {
             "knn": self._knn, "linear": self._linear, "official": self._official, "few": self._few,
             "noisy": self._noisy, "ood": self._ood, "transfer": self._transfer, "corruptions": self._corruptions,
@@ -206,11 +207,10 @@ class Evaluation:
 
     def _corruptions(self) -> Iterator[Score]:
         cfg, dataset = self.cfg.corruptions, self._test_images
-        assert dataset.labels is not None
         picked = evenly_spaced(len(dataset), cfg.images)
         pixels, read = plain_pixels(dataset, picked, self.encoder.size)
         kept = read == picked
-        labels = torch.from_numpy(dataset.labels[picked[kept]]).to(self.reader.ranks.device)
+        labels = torch.from_numpy(labels_of(dataset)[picked[kept]]).to(self.reader.ranks.device)
         clean = self._features_of_pixels(pixels[kept])
         found = {"clean": [[probe.accuracy(clean, labels)[0] for probe in self.probes]]}
         for kind in cfg.kinds:
@@ -225,7 +225,7 @@ class Evaluation:
 
     def _features_of_pixels(self, pixels: np.ndarray) -> Tensor:
         device = self.reader.ranks.device
-        mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) * 255 for s in self.encoder.statistics)
+        mean, std = pixel_statistics(self.encoder.statistics, device)
         parts = torch.from_numpy(pixels).split(FEATURE_BATCH)
         features = [self.encoder.features(normalized(part.to(device), mean, std)) for part in parts]
         return self._finite(torch.cat(features))

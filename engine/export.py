@@ -54,8 +54,10 @@ def export_backbone(run: Path, peer_name: str, form: str, output: Path | None = 
     size, (mean, std) = encoder.size, encoder.statistics
     file = output or run / "export" / f"{peer.name}_{form}" / "model.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"backbone": peer.backbone, "stem": peer.stem, "image_size": str(size), "features": str(encoder.width),
-             "mean": json.dumps(mean), "std": json.dumps(std)}  # fmt: skip
+    facts = {
+        "backbone": encoder.backbone, "stem": encoder.stem, "image_size": str(size), "features": str(encoder.width),
+        "mean": json.dumps(mean), "std": json.dumps(std),
+    }  # fmt: skip
     save_file(encoder.module.state_dict(), file, metadata=facts)
     images = f"# images: RGB in [0, 1], {size} x {size} px, minus the mean {list(mean)}, over {list(std)}"
     return file, [*_usage(form, peer, encoder.module, file, size), images]

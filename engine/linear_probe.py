@@ -4,7 +4,7 @@ Legend
   n  training images    F  feature width    C  classes    G  sets of labels    R  learning rates    B  batch
 
 Probes of the same images share every batch: with G sets of labels and R rates the logits are one product
-[B, F] x [F, G R C].  The gradient of softmax cross-entropy, p - onehot, is written out, so that a step is ten
+[B, F] x [F, G R C].  The gradient of softmax cross-entropy, p - onehot, is written out, so that a step is the same few
 operations whatever G and R.
 """
 
@@ -167,7 +167,7 @@ def official_probe(
         images = train.gather(1, order.flatten(1)).view(order.shape)
         for rows in images.unbind(dim=1):
             inputs = features[rows]
-            # The gradient of softmax cross-entropy, each classifier's by itself; autograd would double the operations.
+            # The gradient of softmax cross-entropy, each classifier's by itself, without autograd.
             p = torch.baddbmm(bias.detach()[:, None], inputs, weight.detach()).softmax(dim=2)
             gradient = p.scatter_add_(2, labels[rows][:, :, None], minus).div_(batch)
             weight.grad, bias.grad = inputs.transpose(1, 2) @ gradient, gradient.sum(dim=1)

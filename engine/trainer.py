@@ -24,11 +24,11 @@ from engine.data.torch_loader import TorchLoader
 from engine.distributed import (
     Ranks,
     barrier,
-    cores_per_rank,
     everyone_does,
     first_rank_does,
     gather_objects,
     seed_everything,
+    workers_of,
 )
 from engine.engines import build_engines, precision_of
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
@@ -39,7 +39,6 @@ from engine.probe import KnnProbe
 from engine.profile import OUTSIDE, StepProfiler, part
 from engine.step import WARM_UP, CapturedStep, Finite, Step, build_step, captures
 
-MAX_AUTO_WORKERS = 8
 LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader, "resident": ResidentLoader}
 
 
@@ -83,7 +82,7 @@ class Trainer:
 
     def _open_data(self) -> None:
         cfg, ranks, own = self.cfg, self.ranks, self.placement.own
-        workers = min(cores_per_rank(), MAX_AUTO_WORKERS) if cfg.data.workers == "auto" else cfg.data.workers
+        workers = workers_of(cfg.data.workers)
         policy = build_policy(cfg.data.augment, self.size)
         dataset = open_split(cfg.data, "train")
         assert dataset is not None

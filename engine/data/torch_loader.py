@@ -58,7 +58,7 @@ class TorchLoader:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start ... stop - 1."""
-        mean, std = (torch.tensor(s, device=self.ranks.device).view(1, 3, 1, 1) * 255 for s in self.policy.statistics)
+        mean, std = pixel_statistics(self.policy.statistics, self.ranks.device)
         loader = _workers(self._chunks, self._chunks.keys(start, stop), self.workers, self.ranks)
         parts = map(_received, _started(loader))
         for step in range(start, stop):
@@ -75,6 +75,14 @@ def pil_image(dataset: ImageDataset, index: int) -> tuple[Image.Image, int]:
     """The image as PIL RGB and its index; `readable` says which takes the place of an unreadable one."""
     image, read = readable(dataset, index, dataset.image)
     return (image if isinstance(image, Image.Image) else Image.fromarray(image)), read
+
+
+def pixel_statistics(
+    statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of channels, of values in [0, 1] -> in [0, 255], [1, 3, 1, 1] each."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in statistics)
+    return mean, std
 
 
 def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -98,10 +106,10 @@ def plain_images(
     c is `batch_size` but for the last; the indices [c], on the CPU, differ from those asked for where an image could
     not be read.
     """
-    mean, std = (torch.tensor(s, device=ranks.device).view(1, 3, 1, 1) * 255 for s in statistics)
+    mean, std = pixel_statistics(statistics, ranks.device)
     keys = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     if isinstance(dataset, ArrayDataset) and dataset.images.shape[1:3] == (size, size):
-        for key in keys:  # nothing to decode: no worker is as fast as the copy
+        for key in keys:  # nothing to decode
             images = torch.from_numpy(np.asarray(dataset.images[key])).to(ranks.device)
             yield normalized(images, mean, std), torch.from_numpy(key)
         return
