@@ -41,10 +41,15 @@ def _gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [n, ...]
     return torch.cat(gathered)
 
 
+def _total(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def _summed(grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [W n, ...] -> [n, ...]
     """The transpose of the gather: every rank used the rows of this one, so their gradients add up."""
-    total = grad.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    total = _total(grad, group)
     n = total.shape[0] // world_size(group)
     return total.narrow(0, rank_in(group) * n, n).clone()
 
@@ -70,6 +75,29 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if torch.compiler.is_compiling():
         return gather_op(x, name_of(group), world_size(group))
     return _AllGather.apply(x, group)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _total(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(grads[0], ctx.group), None
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of a tensor over ranks, equal on all of them, with the gradient summed over ranks.
+
+    Every rank must pass the same shape and dtype.  The identity where `group` is None.
+    """
+    if world_size(group) == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return total_op(x, name_of(group))
+    return _AllReduce.apply(x, group)
 
 
 # The same for torch.compile, to which collectives of autograd functions are opaque.
@@ -106,10 +134,53 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 gather_op.register_autograd(_backward, setup_context=_keep_group)
 
 
+@torch.library.custom_op("dogo::sum_over_ranks", mutates_args=())
+def total_op(x: Tensor, group: str) -> Tensor:
+    return _total(x, group_called(group))
+
+
+@total_op.register_fake
+def _(x, group):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_name(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, ctx.group = inputs
+
+
+def _backward_of_total(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return total_op(grad, ctx.group), None
+
+
+total_op.register_autograd(_backward_of_total, setup_context=_keep_name)
+
+
+# -- the values of losses ------------------------------------------------------------------------------------------
+
+
 def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Mean of a detached tensor over ranks, equal on all of them; the identity where `group` is None."""
     if world_size(group) == 1:
         return values.detach()
-    total = values.detach().clone()
-    dist.all_reduce(total, group=group)
-    return total / world_size(group)
+    return _total(values.detach(), group) / world_size(group)
+
+
+def global_mean(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over ranks of a loss of this rank's rows, with the gradient of the latter."""
+    return with_value(local, mean_over_ranks(local, group), group)
+
+
+def with_value(local: Tensor, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """A scalar with the value of the global batch and the gradient of this rank's rows."""
+    return local if world_size(group) == 1 else _ReplaceValue.apply(local, value)
+
+
+class _ReplaceValue(torch.autograd.Function):
+    # local + (value - local).detach() would round, and turn an infinite loss into NaN.
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import checks, forward_gradients, mutual_native, native, reference
-from kernels.collectives import gather_rows, mean_over_ranks, rank_in, world_size
+from kernels.collectives import gather_rows, global_mean, mean_over_ranks, rank_in, with_value, world_size
+from kernels.precision import full_precision, unit_rows
 from kernels.tiles import BY_CAPABILITY, WIDEST
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's builds for CPUs come without
@@ -86,9 +87,9 @@ def ntxent_loss(
         return mutual_triton.ntxent(x, y, float(tau), group)
     if chosen == "native":
         return mutual_native.ntxent(x, y, float(tau), group)
-    with _full_precision(x):
+    with full_precision(x):
         cosine = _cosines(x, y, group)
-        return _global(reference.ntxent_from_cosines(cosine, tau, rank_in(group)), group)
+        return global_mean(reference.ntxent_from_cosines(cosine, tau, rank_in(group)), group)
 
 
 def mutual_loss(
@@ -136,7 +137,7 @@ def mutual_loss(
             under_way = (gathered[0] and gathered[0].under_way, gathered[1] and gathered[1].under_way)
             loss_a, loss_b, values = mutual_triton.mutual(views, *options, under_way)
         return MutualLoss(loss_a, loss_b, *values.unbind())
-    with _full_precision(x_a):
+    with full_precision(x_a):
         cosine_a, cosine_b = _cosines(x_a, y_a, group), _cosines(x_b, y_b, group)
         kl_a, kl_b = reference.kl_from_cosines(
             reference.cross_view(cosine_a), reference.cross_view(cosine_b), tau_distill, kl_reduction
@@ -145,8 +146,8 @@ def mutual_loss(
         ntxent_a = reference.ntxent_from_cosines(cosine_a, tau_contrast, rank)
         ntxent_b = reference.ntxent_from_cosines(cosine_b, tau_contrast, rank)
         terms = mean_over_ranks(torch.stack((ntxent_a, ntxent_b, kl_a, kl_b)), group).unbind()
-        loss_a = _with_value(ntxent_a + weights[0] * kl_a, terms[0] + weights[0] * terms[2], group)
-        loss_b = _with_value(ntxent_b + weights[1] * kl_b, terms[1] + weights[1] * terms[3], group)
+        loss_a = with_value(ntxent_a + weights[0] * kl_a, terms[0] + weights[0] * terms[2], group)
+        loss_b = with_value(ntxent_b + weights[1] * kl_b, terms[1] + weights[1] * terms[3], group)
         return MutualLoss(loss_a, loss_b, *terms)
 
 
@@ -177,10 +178,10 @@ def similarity_kl(
         views = [(x_a, y_a), (x_b, y_b)]
         kl_a, kl_b, _ = fused(views, None, float(tau), (1.0, 1.0), kl_reduction == "mean", group)
         return SimilarityKL(kl_a, kl_b)
-    with _full_precision(x_a):
+    with full_precision(x_a):
         cross_a, cross_b = _cross_cosines(x_a, y_a, group), _cross_cosines(x_b, y_b, group)
         kl_a, kl_b = reference.kl_from_cosines(cross_a, cross_b, tau, kl_reduction)
-        return SimilarityKL(_global(kl_a, group), _global(kl_b, group))
+        return SimilarityKL(global_mean(kl_a, group), global_mean(kl_b, group))
 
 
 def gather_views(
@@ -254,18 +255,9 @@ def _unfit_for_triton(*views: Tensor) -> str:
 # -- the batch of all ranks ----------------------------------------------------------------------------------------
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Losses never run in the reduced precision of a surrounding autocast."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _normalized(x: Tensor) -> Tensor:
-    return reference.normalize(x if x.dtype == torch.float64 else x.float())
-
-
 def _cosines(x: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[2n, 2N] cosines of this rank's rows with those of all ranks; one gather of both views."""
-    x, y = _normalized(x), _normalized(y)
+    x, y = unit_rows(x), unit_rows(y)
     if world_size(group) == 1:
         return reference.cosines(x, y, x, y)
     both = gather_rows(torch.stack((x, y), dim=1), group)  # [N, 2, D]
@@ -274,27 +266,7 @@ def _cosines(x: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _cross_cosines(x: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[n, N] cosines of view 1 of this rank with view 2 of all ranks."""
-    return _normalized(x) @ gather_rows(_normalized(y), group).T
-
-
-def _global(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    return _with_value(local, mean_over_ranks(local, group), group)
-
-
-def _with_value(local: Tensor, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """A scalar with the value of the global batch and the gradient of this rank's rows."""
-    return local if world_size(group) == 1 else _ReplaceValue.apply(local, value)
-
-
-class _ReplaceValue(torch.autograd.Function):
-    # local + (value - local).detach() would round, and turn an infinite loss into NaN.
-    @staticmethod
-    def forward(ctx, local: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    return unit_rows(x) @ gather_rows(unit_rows(y), group).T
 
 
 def _check_gathered(
