@@ -1,11 +1,13 @@
 """Losses of two peers that distil each other, over the batch of all ranks; an optimizer and augmentations for them.
 
-ntxent_loss     the contrastive loss of one peer
-mutual_loss     both peers: NT-Xent and the KL between their similarity distributions, in one call
-similarity_kl   the two KL terms alone
-gather_views    starts the exchange of one peer's embeddings ahead of `mutual_loss`
-Lars            the optimizer of large batches, over all tensors at once
-augment_views   random views of decoded images on a CPU, all in one call
+ntxent_loss          the contrastive loss of one peer: SimCLR's
+simsiam_loss         SimSiam: each view predicts the other's projection
+byol_loss            BYOL: each view predicts the other's projection by a target network
+mutual_loss          both peers: NT-Xent and the KL between their similarity distributions, in one call
+similarity_kl        the two KL terms alone
+gather_views         starts the exchange of one peer's embeddings ahead of `mutual_loss`
+Lars                 the optimizer of large batches, over all tensors at once
+augment_views        random views of decoded images on a CPU, all in one call
 """
 
 from kernels.augment import augment_views
@@ -19,6 +21,7 @@ from kernels.mutual import (
     ntxent_loss,
     similarity_kl,
 )
+from kernels.predictive import byol_loss, simsiam_loss
 
 __all__ = [
     "GatheredViews",
@@ -26,8 +29,10 @@ __all__ = [
     "MutualLoss",
     "SimilarityKL",
     "augment_views",
+    "byol_loss",
     "gather_views",
     "mutual_loss",
     "ntxent_loss",
     "similarity_kl",
+    "simsiam_loss",
 ]
