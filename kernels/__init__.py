@@ -3,6 +3,8 @@
 ntxent_loss          the contrastive loss of one peer: SimCLR's
 simsiam_loss         SimSiam: each view predicts the other's projection
 byol_loss            BYOL: each view predicts the other's projection by a target network
+moco_loss            MoCo v2: contrastive against a queue of earlier keys
+enqueue, new_queue   the queue
 mutual_loss          both peers: NT-Xent and the KL between their similarity distributions, in one call
 similarity_kl        the two KL terms alone
 gather_views         starts the exchange of one peer's embeddings ahead of `mutual_loss`
@@ -12,6 +14,7 @@ augment_views        random views of decoded images on a CPU, all in one call
 
 from kernels.augment import augment_views
 from kernels.lars import Lars
+from kernels.moco import enqueue, moco_loss, new_queue
 from kernels.mutual import (
     GatheredViews,
     MutualLoss,
@@ -30,8 +33,11 @@ __all__ = [
     "SimilarityKL",
     "augment_views",
     "byol_loss",
+    "enqueue",
     "gather_views",
+    "moco_loss",
     "mutual_loss",
+    "new_queue",
     "ntxent_loss",
     "similarity_kl",
     "simsiam_loss",
