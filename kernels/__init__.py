@@ -5,6 +5,8 @@ simsiam_loss         SimSiam: each view predicts the other's projection
 byol_loss            BYOL: each view predicts the other's projection by a target network
 moco_loss            MoCo v2: contrastive against a queue of earlier keys
 enqueue, new_queue   the queue
+barlow_twins_loss    Barlow Twins: the cross-correlation of two views is to be the identity
+vicreg_loss          VICReg: variance, invariance, covariance
 mutual_loss          both peers: NT-Xent and the KL between their similarity distributions, in one call
 similarity_kl        the two KL terms alone
 gather_views         starts the exchange of one peer's embeddings ahead of `mutual_loss`
@@ -25,6 +27,7 @@ from kernels.mutual import (
     similarity_kl,
 )
 from kernels.predictive import byol_loss, simsiam_loss
+from kernels.redundancy import barlow_twins_loss, vicreg_loss
 
 __all__ = [
     "GatheredViews",
@@ -32,6 +35,7 @@ __all__ = [
     "MutualLoss",
     "SimilarityKL",
     "augment_views",
+    "barlow_twins_loss",
     "byol_loss",
     "enqueue",
     "gather_views",
@@ -41,4 +45,5 @@ __all__ = [
     "ntxent_loss",
     "similarity_kl",
     "simsiam_loss",
+    "vicreg_loss",
 ]

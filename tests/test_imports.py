@@ -15,7 +15,7 @@ ORDER = [
     "kernels.problem", "kernels.forward_gradients", "kernels.native", "kernels.mutual_native",
     "kernels.embed_triton", "kernels.pairs_triton", "kernels.finish_triton", "kernels.project_triton",
     "kernels.stats_triton", "kernels.stats_safe_triton", "kernels.gradient_triton", "kernels.passes_triton",
-    "kernels.mutual_triton", "kernels.mutual", "kernels.predictive", "kernels.moco",
+    "kernels.mutual_triton", "kernels.mutual", "kernels.predictive", "kernels.moco", "kernels.redundancy",
     "kernels.lars", "kernels.philox", "kernels.augment_table",
     "kernels.augment_checks", "kernels.augment_torch", "kernels.resample_triton", "kernels.augment_triton",
     "kernels.augment",
