@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports only what stands above it.
 ORDER = [
-    "kernels.collectives", "kernels.reference", "kernels.reference_distill", "kernels.checks", "kernels.tiles", "kernels.problem",
-    "kernels.forward_gradients", "kernels.strips", "kernels.native", "kernels.mutual_native",
+    "kernels.collectives", "kernels.reference", "kernels.reference_distill", "kernels.checks", "kernels.tiles",
+    "kernels.problem", "kernels.forward_gradients", "kernels.strips", "kernels.native", "kernels.mutual_native",
     "kernels.embed_triton", "kernels.pairs_triton", "kernels.finish_triton", "kernels.project_triton",
     "kernels.stats_triton", "kernels.stats_safe_triton", "kernels.gradient_triton", "kernels.passes_triton",
     "kernels.mutual_triton", "kernels.backends", "kernels.mutual",
