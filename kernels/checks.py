@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,9 +16,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUEUE_DTYPES = (torch.float32, torch.float64)
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
 def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
+    check_choice("backend", backend, BACKENDS)
 
 
 def check_positive(name: str, value: float) -> None:
@@ -24,9 +30,13 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be positive and finite, found {value!r}")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+        raise ValueError(f"{name}: must be finite and at least 0, found {value!r}")
+
+
 def check_reduction(kl_reduction: str) -> None:
-    if kl_reduction not in KL_REDUCTIONS:
-        raise ValueError(f"kl_reduction: {kl_reduction!r} is unknown; allowed: {', '.join(KL_REDUCTIONS)}")
+    check_choice("kl_reduction", kl_reduction, KL_REDUCTIONS)
 
 
 def check_weights(weights: tuple[float, float]) -> None:
@@ -113,3 +123,47 @@ def check_peers(x_a: Tensor, x_b: Tensor) -> None:
         raise ValueError(f"x_b: {x_b.shape[0]} images, but x_a holds {x_a.shape[0]}; peers see the same images")
     if x_a.device != x_b.device:
         raise ValueError(f"x_b: device {x_b.device} differs from x_a's {x_a.device}")
+
+
+def check_networks(group: dist.ProcessGroup | None, **networks: tuple[Tensor, Tensor]) -> None:
+    """Views (x, y) of several networks, of the same images; widths may differ."""
+    first, (x_first, *_) = next(iter(networks.items()))
+    for name, pair in networks.items():
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise ValueError(f"{name}: the two views (x, y) of a network are expected, found {_described(pair)}")
+        x, y = pair
+        check_views(group, **{f"{name}[0]": x, f"{name}[1]": y})
+        if x.shape[0] != x_first.shape[0]:
+            raise ValueError(
+                f"{name}: {x.shape[0]} images, but {first} holds {x_first.shape[0]}; networks see the same images"
+            )
+        if x.device != x_first.device:
+            raise ValueError(f"{name}: device {x.device} differs from {first}'s {x_first.device}")
+
+
+def check_several(name: str, found: Sequence, what: str) -> None:
+    if not (isinstance(found, tuple | list) and len(found)):
+        raise ValueError(f"{name}: a sequence of one or more {what} is expected, found {_described(found)}")
+
+
+def check_terms(terms: Sequence[tuple[int, Sequence[int]]], networks: int) -> None:
+    """Who distils from whom: (student, (teacher, ...)) as places in a list of networks."""
+    check_several("terms", terms, "(student, (teacher, ...))")
+    for i, term in enumerate(terms):
+        if not (isinstance(term, tuple | list) and len(term) == 2 and isinstance(term[1], tuple | list)):
+            raise ValueError(f"terms[{i}]: (student, (teacher, ...)) is expected, found {term!r}")
+        student, teachers = term
+        for place in (student, *teachers):
+            if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < networks:
+                raise ValueError(f"terms[{i}]: places in views are 0 to {networks - 1}, found {place!r}")
+        if not teachers:
+            raise ValueError(f"terms[{i}]: student {student} has no teacher; one or more are needed")
+        if student in teachers or len(set(teachers)) < len(teachers):
+            raise ValueError(
+                f"terms[{i}]: teachers must be different networks, none of them the student {student}, "
+                f"found {tuple(teachers)}"
+            )
+
+
+def _described(found: object) -> str:
+    return f"{type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else type(found).__name__

@@ -28,6 +28,11 @@ def unfit(*views: Tensor) -> str:
     return ""
 
 
+def computed_in(*views: Tensor) -> torch.dtype:
+    """In what a loss of these views and its gradients are made: the widest of their dtypes, at least float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in views) else torch.float32
+
+
 def fake(x: Tensor, gradients: bool, dtype: torch.dtype) -> Tensor:
     """What a fake kernel returns for the gradient [2, n, D] of one peer's views."""
     return x.new_empty((2, *x.shape) if gradients else (0,), dtype=dtype)

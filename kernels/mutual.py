@@ -1,33 +1,21 @@
-"""Public losses: argument checks, choice of backend, and the batch of all ranks.
+"""Public losses of two peers: argument checks, and the batch of all ranks.
 
-The maths stands in reference.py.  Backends:
-
-  triton   NVIDIA GPUs from compute capability 8.0: fused kernels (mutual_triton.py), no similarity matrix in memory
-           (wider than 256 over both peers: strips of 256 MiB of it, or of 512 images where that is more).
-           Cosines are of unit vectors in float16, sums in float32; widths up to 2048; inputs up to float32.
-  native   CPUs: C++ (mutual_native.py), no similarity matrix in memory; float32 and float64.
-  torch    any device, float32 and float64; holds matrices of similarities.
-
-Half inputs are computed in float32 by both of the latter.  `auto` is triton on a GPU where it fits, native on a CPU
-where the core is built, and torch elsewhere: on a GPU in float64, for wider embeddings, on older GPUs.
+The maths stands in reference.py, what the backends are in backends.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import checks, forward_gradients, mutual_native, native, reference
+from kernels import checks, mutual_native, reference
+from kernels.backends import HAS_TRITON, choose_backend
 from kernels.collectives import gather_rows, global_mean, mean_over_ranks, rank_in, with_value, world_size
 from kernels.precision import full_precision, unit_rows
-from kernels.tiles import BY_CAPABILITY, WIDEST
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's builds for CPUs come without
 if HAS_TRITON:
     from kernels import mutual_triton
 
@@ -82,7 +70,7 @@ def ntxent_loss(
     checks.check_backend(backend)
     checks.check_positive("tau", tau)
     checks.check_views(group, x=x, y=y)
-    chosen = _chosen(backend, x, y)
+    chosen, _ = choose_backend(backend, x, y)
     if chosen == "triton":
         return mutual_triton.ntxent(x, y, float(tau), group)
     if chosen == "native":
@@ -127,7 +115,7 @@ def mutual_loss(
     checks.check_views(group, x_b=x_b, y_b=y_b)
     checks.check_peers(x_a, x_b)
     _check_gathered(gathered, (x_a, x_b), (y_a, y_b), (tau_contrast, tau_distill, group))
-    chosen = _chosen(backend, x_a, y_a, x_b, y_b)
+    chosen, _ = choose_backend(backend, x_a, y_a, x_b, y_b)
     if chosen != "torch":
         views, mean = [(x_a, y_a), (x_b, y_b)], kl_reduction == "mean"
         options = (float(tau_contrast), float(tau_distill), weights, mean, group)
@@ -172,7 +160,7 @@ def similarity_kl(
     checks.check_views(group, x_a=x_a, y_a=y_a)
     checks.check_views(group, x_b=x_b, y_b=y_b)
     checks.check_peers(x_a, x_b)
-    chosen = _chosen(backend, x_a, y_a, x_b, y_b)
+    chosen, _ = choose_backend(backend, x_a, y_a, x_b, y_b)
     if chosen != "torch":
         fused = mutual_triton.mutual if chosen == "triton" else mutual_native.mutual
         views = [(x_a, y_a), (x_b, y_b)]
@@ -205,51 +193,9 @@ def gather_views(
     checks.check_positive("tau_distill", tau_distill)
     checks.check_views(group, x=x, y=y)
     under_way = None
-    if _chosen(backend, x, y) == "triton":
+    if choose_backend(backend, x, y).name == "triton":
         under_way = mutual_triton.start_gather(x, y, float(tau_contrast), float(tau_distill), group)
     return GatheredViews(x, y, (x._version, y._version), (tau_contrast, tau_distill, group), under_way)
-
-
-# -- choice of backend ---------------------------------------------------------------------------------------------
-
-
-def _chosen(backend: str, *views: Tensor) -> str:
-    """`backend`, or for `auto` the best that fits; raises ValueError where the one asked for does not."""
-    if backend == "torch":
-        return "torch"
-    best = "native" if views[0].device.type == "cpu" else "triton"
-    asked = best if backend == "auto" else backend
-    unfit = _unfit_for_native(*views) if asked == "native" else _unfit_for_triton(*views)
-    unfit = unfit or forward_gradients.unfit(*views)
-    if unfit and backend != "auto":
-        raise ValueError(f"backend: {backend!r} does not fit: {unfit}; use 'torch' or 'auto'")
-    return "torch" if unfit else asked
-
-
-def _unfit_for_native(*views: Tensor) -> str:
-    """Why the native backend cannot take these embeddings; empty where it can."""
-    if views[0].device.type != "cpu":
-        return f"embeddings on {views[0].device}, a CPU is needed"
-    if native.broken:
-        warnings.warn(native.missing, RuntimeWarning, stacklevel=4)
-    return native.missing
-
-
-def _unfit_for_triton(*views: Tensor) -> str:
-    """Why the triton backend cannot take these embeddings; empty where it can."""
-    if not HAS_TRITON:
-        return "triton is not installed"
-    device = views[0].device
-    if device.type == "cuda" and torch.version.hip is None:
-        found, needed = torch.cuda.get_device_capability(device), divmod(min(BY_CAPABILITY), 10)
-        if found < needed:
-            return f"compute capability {found[0]}.{found[1]}, at least {needed[0]}.{needed[1]} is needed"
-    elif not (device.type == "cpu" and mutual_triton.INTERPRETED):
-        return f"embeddings on {device}, an NVIDIA GPU is needed"
-    if any(z.dtype == torch.float64 for z in views):
-        return "float64 embeddings, at most float32 is computed"
-    widest = max(z.shape[1] for z in views)
-    return f"embeddings of width {widest}, at most {WIDEST}" if widest > WIDEST else ""
 
 
 # -- the batch of all ranks ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def _compute(
 ) -> tuple[Tensor, list[Tensor]]:
     """[peers, 2] NT-Xent and KL of the global batch, and gradients [2, n, D] a peer, in the dtype they were made in."""
     assert core is not None
-    dtype = _computed_in(*(x for x, _ in views))
+    dtype = forward_gradients.computed_in(*(x for x, _ in views))
     own = [core.normalize(x.to(dtype), y.to(dtype)) for x, y in views]
     z = [
         unit if world_size(group) == 1 else gather_rows(unit.transpose(0, 1), group).transpose(0, 1).contiguous()
@@ -42,10 +42,6 @@ def _compute(
     if tau_distill is not None:
         _reduce(values[:, 1:], group)
     return values.to(dtype), made
-
-
-def _computed_in(*views: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in views) else torch.float32
 
 
 def _reduce(values: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
@@ -67,7 +63,7 @@ def ntxent_op(x: Tensor, y: Tensor, tau: float, group: str, gradients: bool) -> 
 
 @ntxent_op.register_fake
 def _(x, y, tau, group, gradients):
-    dtype = _computed_in(x)
+    dtype = forward_gradients.computed_in(x)
     return x.new_empty((), dtype=dtype), forward_gradients.fake(x, gradients, dtype)
 
 
@@ -89,7 +85,7 @@ def mutual_op(
 
 @mutual_op.register_fake
 def _(x_a, y_a, x_b, y_b, tau_contrast, tau_distill, weight_a, weight_b, mean, group, gradients):
-    dtype = _computed_in(x_a, x_b)
+    dtype = forward_gradients.computed_in(x_a, x_b)
     scalars = [x_a.new_empty(shape, dtype=dtype) for shape in ((), (), (4,))]
     return *scalars, *(forward_gradients.fake(x, gradients, dtype) for x in (x_a, x_b))
 

@@ -11,11 +11,13 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports only what stands above it.
 ORDER = [
-    "kernels.collectives", "kernels.reference", "kernels.precision", "kernels.checks", "kernels.tiles",
-    "kernels.problem", "kernels.forward_gradients", "kernels.native", "kernels.mutual_native",
-    "kernels.embed_triton", "kernels.pairs_triton", "kernels.finish_triton", "kernels.project_triton",
-    "kernels.stats_triton", "kernels.stats_safe_triton", "kernels.gradient_triton", "kernels.passes_triton",
-    "kernels.mutual_triton", "kernels.mutual", "kernels.predictive", "kernels.moco", "kernels.redundancy",
+    "kernels.collectives", "kernels.reference", "kernels.reference_distill", "kernels.precision", "kernels.checks",
+    "kernels.tiles", "kernels.problem", "kernels.forward_gradients", "kernels.strips", "kernels.native",
+    "kernels.mutual_native", "kernels.embed_triton", "kernels.pairs_triton", "kernels.finish_triton",
+    "kernels.project_triton", "kernels.stats_triton", "kernels.stats_safe_triton", "kernels.gradient_triton",
+    "kernels.passes_triton", "kernels.mutual_triton", "kernels.backends", "kernels.mutual",
+    "kernels.distill_strip", "kernels.distill_tiled", "kernels.distill", "kernels.graph",
+    "kernels.predictive", "kernels.moco", "kernels.redundancy",
     "kernels.lars", "kernels.philox", "kernels.augment_table",
     "kernels.augment_checks", "kernels.augment_torch", "kernels.resample_triton", "kernels.augment_triton",
     "kernels.augment",
