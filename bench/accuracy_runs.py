@@ -104,7 +104,7 @@ def failed_before(folder: Path) -> bool:
 
 def _keep_encoders(folder: Path, cfg: Config) -> None:
     """Of a finished run the backbones stay, which is all that an evaluation needs: small enough to be moved."""
-    for peer in cfg.peers:
+    for _, peer in cfg.trained:
         export_backbone(folder, peer.name, "dogo", encoder_file(folder, peer.name))
     (folder / "summary.json").rename(folder / FINISHED)
     for left in ("checkpoints", "non_finite"):

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.config import PeerConfig
 from engine.data.augment import AugmentPolicy, build_policy
 from engine.data.catalog import open_dataset
 from engine.data.dali_loader import DaliLoader
@@ -31,6 +30,7 @@ from engine.data.skipped import SkippedImages
 from engine.data.torch_loader import TorchLoader
 from engine.data_config import AugmentConfig
 from engine.distributed import Ranks
+from engine.peer_config import PeerConfig
 from engine.peers import build_peer
 from kernels import mutual_loss
 

@@ -22,10 +22,13 @@ def average_buffers(module: nn.Module, group: dist.ProcessGroup | None) -> None:
     """
     if world_size(group) == 1:
         return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer, group=group)
-            buffer /= world_size(group)
+    for part in module.modules():
+        if getattr(part, "equal_on_ranks", False):
+            continue
+        for buffer in part.buffers(recurse=False):
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer, group=group)
+                buffer /= world_size(group)
 
 
 def convert_sync_bn(module: nn.Module, ranks: Ranks, *, traceable: bool = False) -> nn.Module:

@@ -32,6 +32,7 @@ from engine.batchnorm import average_buffers
 from engine.config import Config, ConfigError, differing_keys, parse_config
 from engine.distributed import Ranks, barrier, first_rank_does
 from engine.engines import PeerEngine
+from engine.peer_config import PeerConfig
 
 FORMAT = 2
 
@@ -222,12 +223,18 @@ def changed_keys(saved: dict[str, Any], cfg: Config) -> list[str]:
     with suppress(ConfigError):
         saved = parse_config(saved).resolved()  # a key that there was not yet has its default
     free: tuple[str, ...] = FREE_KEYS
-    if any(peer.optimizer.schedule == "cosine" for peer in cfg.peers):
-        free = tuple(key for key in free if key not in ("run.steps", "run.epochs"))  # the cosine spans the length
+    if any(spans_the_run(peer) for _, peer in cfg.trained):
+        free = tuple(key for key in free if key not in ("run.steps", "run.epochs"))
     return [
         key for key in differing_keys(saved, cfg.resolved())
         if not any(key == f or key.startswith(f + ".") for f in free)
     ]  # fmt: skip
+
+
+def spans_the_run(peer: PeerConfig) -> bool:
+    """Whether a schedule of the peer ends with the run, so that a longer run's steps differ from the first on."""
+    momentum = getattr(peer.objective, "momentum_schedule", "constant")
+    return "cosine" in (peer.optimizer.schedule, momentum)
 
 
 def weights_file(folder: Path, peer: str) -> Path:

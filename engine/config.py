@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -19,10 +19,13 @@ from pydantic import Field, field_validator, model_validator
 from yaml import YAMLError
 
 from engine.data_config import DataConfig
-from engine.optimizer_config import LAYERWISE, NonNegative, OptimizerConfig, Positive, Section
+from engine.distill_config import DistillConfig
+from engine.engine_config import EngineConfig
+from engine.objective_config import Mocov2
+from engine.optimizer_config import LAYERWISE, Positive, Section
+from engine.peer_config import AnyPeer, PeerConfig, TeacherConfig
 from engine.settings import ConfigError, one_line, overridden, parse_section
 
-Stem = Literal["auto", "small", "standard"]
 CAPTURABLE = ("adam", "adamw", "sgd", "lars")  # optimizers that a CUDA graph can hold
 
 
@@ -68,79 +71,6 @@ class RunConfig(Section):
         return self
 
 
-class ProjectorConfig(Section):
-    hidden: Annotated[int, Field(gt=0)] = 512
-    """Width of the hidden layers."""
-    out: Annotated[int, Field(gt=0)] = 128
-    """Width D of the embedding."""
-    layers: Annotated[int, Field(ge=1, le=8)] = 2
-    """Linear layers; all but the last are followed by BatchNorm and ReLU."""
-
-
-class PeerConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,15}$")]
-    """Key of the peer in metrics, checkpoints and commands."""
-    backbone: str
-    """wrn-DEPTH-WIDTH (DEPTH = 6n + 4) or any timm name."""
-    stem: Stem = "auto"
-    """small: 3x3 stride 1 and no max-pool (ResNets); auto: small below 100 px for ResNets, else the backbone's own.
-    ResNets are timm's first version; ResNetV2 and others keep their own stem."""
-    objective: Literal["simclr"] = "simclr"
-    tau: Positive = 0.5
-    """Temperature of NT-Xent."""
-    bn: Literal["per_view", "joint"] = "per_view"
-    """BatchNorm statistics of each view by itself (the paper) or of both views together."""
-    projector: ProjectorConfig = ProjectorConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-
-
-class DistillConfig(Section):
-    weight: NonNegative | tuple[NonNegative, NonNegative] = 0.39
-    """Weight of the KL term, one for both peers or one each, in the order of `peers`."""
-    tau: Positive = 0.1
-    """Temperature of the similarity distributions."""
-    reduction: Literal["batchmean", "mean"] = "batchmean"
-    """batchmean: mean over rows; mean: over all N^2 entries (the authors' code; weight 100 at N = 256 is 0.39 here)."""
-
-    @property
-    def weights(self) -> tuple[float, float]:
-        """The weight of each peer."""
-        return self.weight if isinstance(self.weight, tuple) else (self.weight, self.weight)
-
-
-class ProfileConfig(Section):
-    start: Annotated[int, Field(ge=0)]
-    """The first step that is profiled; 0 is the run's first."""
-    steps: Annotated[int, Field(ge=1)]
-    """How many are."""
-
-
-class EngineConfig(Section):
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 (autocast; weights stay fp32) on a GPU, fp32 on a CPU."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    capture: bool | Literal["auto"] = "auto"
-    """The training step as CUDA graphs: the same run with less work for the host.  On one GPU, at zero_stage 0, with
-    adam, adamw, sgd or lars; auto: where that is so and data.loader is resident."""
-    compile: bool = False
-    """Peers through torch.compile, at zero_stage 0 to 2: a minute or more at the start, other roundings."""
-    concurrency: Literal["auto", "serial", "streams", "split"] = "auto"
-    """serial: one peer's work behind the other's; streams: each peer on a CUDA stream of its own, which become branches
-    of the graphs where the step is captured; split: two groups of ranks, one peer each, between which embeddings alone
-    travel.  auto: streams where the step is captured, else serial.  The same run each time, but for rounding; split
-    only with sync_bn, since its ranks hold more images each."""
-    split: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
-    """concurrency split: the ranks of each peer, in the order of `peers`; both numbers must divide the batch.  Left
-    out: those of all that do whose slower group is the fastest, by the time that forward and backward of each peer
-    take, measured when the run starts."""
-    profile: ProfileConfig | None = None
-    """Some steps under torch's profiler: a trace and a page on where they went, in output_dir/profile."""
-    sync_bn: bool = True
-    """BatchNorm statistics over the global batch of all ranks."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Merged into each peer's DeepSpeed configuration; what contradicts this file is an error."""
-
-
 class KnnConfig(Section):
     every_steps: Annotated[int, Field(gt=0)] | None = None
     """Steps between evaluations; left out: before the first step and after the last only."""
@@ -161,10 +91,11 @@ class Config(Section):
 
     run: RunConfig
     data: DataConfig = DataConfig()
-    peers: Annotated[tuple[PeerConfig, ...], Field(min_length=1, max_length=2)]
-    """One peer is the plain self-supervised baseline, two distil each other."""
+    peers: Annotated[tuple[AnyPeer, ...], Field(min_length=1, max_length=8)]
+    """One peer is the plain self-supervised baseline, two distil each other; of more, each distils the mean of the
+    others' distributions.  With `frozen` a peer is a teacher."""
     distill: DistillConfig | None = None
-    """Only with two peers, where leaving it out means its defaults."""
+    """Only with two peers or more, where leaving it out means its defaults."""
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -173,23 +104,21 @@ class Config(Section):
     def _default_distill(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("distill") is None:
             peers = data.get("peers")
-            if isinstance(peers, Sequence) and len(peers) == 2:
+            if isinstance(peers, Sequence) and len(peers) >= 2:
                 return {**data, "distill": {}}
         return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if len(self.peers) == 1 and self.distill is not None:
-            raise ValueError("distill: needs two peers to distil between, found one; leave the section out")
+            raise ValueError("distill: needs two peers or more, found one; leave the section out")
         self._check_engine()
         if self.engine.capture is True and (reason := self.not_capturable()):
             raise ValueError(f"engine.capture: {reason}; use engine.capture=false")
         if self.run.steps is not None and (reason := self.not_profilable(self.run.steps)):
             raise ValueError(f"engine.profile: {reason}")
-        names = [peer.name for peer in self.peers]
-        if len(set(names)) < len(names):
-            raise ValueError(f"peers: names must differ, found {', '.join(names)}")
-        for i, peer in enumerate(self.peers):
+        self._check_peers()
+        for i, peer in self.trained:
             name = peer.optimizer.name
             if name in LAYERWISE and self.engine.zero_stage >= 1:
                 raise ValueError(
@@ -199,10 +128,63 @@ class Config(Section):
                 )
         return self
 
+    def _check_peers(self) -> None:
+        names = [peer.name for peer in self.peers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"peers: names must differ, found {', '.join(names)}")
+        if not self.trained:
+            raise ValueError("peers: every one is frozen, so that nothing would train; leave out frozen in one of them")
+        for i, peer in self.trained:
+            queue = peer.objective.queue if isinstance(peer.objective, Mocov2) else None
+            if queue is not None and queue < 2 * self.data.batch_size:
+                raise ValueError(
+                    f"peers.{i}.objective.queue: found {queue}, allowed: at least {2 * self.data.batch_size}, the two "
+                    f"views of data.batch_size={self.data.batch_size}"
+                )
+        if self.distill is not None:
+            self._check_distill(self.distill)
+
+    def _check_distill(self, distill: DistillConfig) -> None:
+        weight = distill.weight
+        if isinstance(weight, tuple) and len(weight) != len(self.trained):
+            raise ValueError(
+                f"distill.weight: found {list(weight)}, allowed: one number, or one for each of the "
+                f"{len(self.trained)} peers that train"
+            )
+        widths = {peer.name: peer.projector.out for _, peer in self.trained}
+        if distill.graph is not None and distill.graph.projection is None and len(set(widths.values())) > 1:
+            found = ", ".join(f"{width} ({name})" for name, width in widths.items())
+            raise ValueError(
+                f"distill.graph.projection: embeddings of widths {found} have no correlations with one another; give "
+                "the width of a layer that makes them equal, or peers of one projector.out"
+            )
+
+    @property
+    def trained(self) -> tuple[tuple[int, PeerConfig], ...]:
+        """The peers that train, each with its place in `peers`."""
+        return tuple((i, peer) for i, peer in enumerate(self.peers) if isinstance(peer, PeerConfig))
+
+    @property
+    def teachers(self) -> tuple[tuple[int, TeacherConfig], ...]:
+        """The frozen ones."""
+        return tuple((i, peer) for i, peer in enumerate(self.peers) if isinstance(peer, TeacherConfig))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of the similarity term of each peer that trains; none without distillation."""
+        if self.distill is None:
+            return ()
+        weight = self.distill.weight
+        return weight if isinstance(weight, tuple) else (weight,) * len(self.trained)
+
     def _check_engine(self) -> None:
         engine = self.engine
-        if engine.concurrency in ("streams", "split") and len(self.peers) == 1:
-            raise ValueError(f"engine.concurrency: {engine.concurrency} takes two peers, found one; use serial")
+        if engine.concurrency in ("streams", "split") and len(self.trained) == 1:
+            raise ValueError(
+                f"engine.concurrency: {engine.concurrency} takes two peers that train, found one; use serial"
+            )
+        if engine.concurrency == "split" and (reason := self._not_splittable()):
+            raise ValueError(f"engine.concurrency: split {reason}; use serial")
         if engine.split is not None and engine.concurrency != "split":
             raise ValueError(
                 f"engine.split: {list(engine.split)} with engine.concurrency={engine.concurrency}, which splits "
@@ -216,12 +198,32 @@ class Config(Section):
             # Parameters that it gathers ahead belong to one stream (deepspeedai/DeepSpeed #7898).
             raise ValueError("engine.concurrency: streams takes engine.zero_stage 0 to 2, found 3; use serial or split")
 
+    def _not_splittable(self) -> str:
+        """Why the peers cannot have ranks of their own, which exchange projector outputs; empty where they can."""
+        if len(self.peers) != 2:
+            return f"takes two peers, found {len(self.peers)}"
+        if self.teachers:
+            return f"has ranks for each peer, and {self.teachers[0][1].name} is frozen"
+        for i, peer in self.trained:
+            if peer.objective.name != "simclr":
+                # Every rank computes both losses of the whole batch, and of the others needs more than that.
+                return f"takes simclr alone, found peers.{i}.objective.name={peer.objective.name}"
+        if self.distill is not None and self.distill.graph is not None:
+            return "takes no distill.graph"
+        return ""
+
     def peer(self, name: str) -> PeerConfig:
-        """The peer of that name; raises ConfigError."""
-        for peer in self.peers:
+        """The peer of that name, one that trains; raises ConfigError."""
+        for _, peer in self.trained:
             if peer.name == name:
                 return peer
-        raise ConfigError(f"--peer: {name!r} is not in this run; allowed: {', '.join(p.name for p in self.peers)}")
+        allowed = ", ".join(peer.name for _, peer in self.trained)
+        for _, teacher in self.teachers:
+            if teacher.name == name:
+                raise ConfigError(
+                    f"--peer: {name} is frozen: its weights are those of {teacher.frozen.weights}; allowed: {allowed}"
+                )
+        raise ConfigError(f"--peer: {name!r} is not in this run; allowed: {allowed}")
 
     def not_capturable(self) -> str:
         """Why no CUDA graph can hold a step of this configuration; empty where one can."""
@@ -230,7 +232,7 @@ class Config(Section):
         if self.engine.deepspeed:
             # At ZeRO 0 on one GPU they clip, time, profile or report: each waits for the device or runs but once.
             return f"takes no engine.deepspeed settings, found {', '.join(self.engine.deepspeed)}"
-        for i, peer in enumerate(self.peers):
+        for i, peer in self.trained:
             if peer.optimizer.name not in CAPTURABLE:
                 return f"takes {', '.join(CAPTURABLE)}, found peers.{i}.optimizer.name={peer.optimizer.name}"
         return ""

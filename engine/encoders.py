@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
-from engine.config import Config, ConfigError, PeerConfig, Stem
+from engine.config import Config, ConfigError
 from engine.data.augment import build_policy
 from engine.data.catalog import NATIVE_SIZE
 from engine.data_config import AugmentConfig
 from engine.features import Statistics
+from engine.peer_config import PeerConfig, Stem
 from engine.peers import build_backbone
 
 
@@ -58,8 +59,24 @@ def run_encoder(run: Path, cfg: Config, peer: PeerConfig) -> Encoder:
     return Encoder(peer.name, peer.backbone, peer.stem, backbone.eval(), width, size, statistics)
 
 
-def file_encoder(file: Path, *, backbone: str | None, image_size: int | None) -> Encoder:
+class Keys(NamedTuple):
+    """What the caller's settings are called where they are wrong."""
+
+    weights: str = "--weights"
+    backbone: str = "--backbone"
+    image_size: str = "--image-size"
+
+
+OPTIONS = Keys()
+
+
+def file_encoder(
+    file: Path, *, backbone: str | None, image_size: int | None, otherwise: tuple[int | None, str] = (None, "auto"),
+    keys: Keys = OPTIONS,
+) -> Encoder:  # fmt: skip
     """A backbone from safetensors: what export.py wrote, which says all by itself, or a state dict of `backbone`.
+
+    `otherwise`: image size and stem where nothing says them.
 
     Raises ConfigError: no backbone or image size given for a file that names none, or given against one that does;
     weights that are not this backbone's.  CheckpointError: no readable safetensors.
@@ -70,13 +87,15 @@ def file_encoder(file: Path, *, backbone: str | None, image_size: int | None) ->
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors ({str(error).splitlines()[0]})") from None
-    name, size, stem = _described(file, facts, backbone, image_size)
+    name, size, stem = _described(file, facts, backbone, image_size, otherwise, keys)
     module, width = build_backbone(name, image_size=size, stem=stem)
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"--weights: {file} does not fit --backbone {name} at {size} px ({reason[:300]})") from None
+        raise ConfigError(
+            f"{keys.weights}: {file} does not fit {keys.backbone} {name} at {size} px ({reason[:300]})"
+        ) from None
     mean, std = build_policy(AugmentConfig(), size).statistics
     if {"mean", "std"} <= facts.keys():
         mean, std = _three(file, facts, "mean"), _three(file, facts, "std")
@@ -94,20 +113,26 @@ def _three(file: Path, facts: dict[str, str], key: str) -> tuple[float, ...]:
     return found
 
 
-def _described(file: Path, facts: dict[str, Any], backbone: str | None, image_size: int | None) -> tuple[str, int, str]:
+def _described(
+    file: Path,
+    facts: dict[str, Any],
+    backbone: str | None,
+    image_size: int | None,
+    otherwise: tuple[int | None, str],
+    keys: Keys,
+) -> tuple[str, int, str]:
     """Backbone, image size and stem: the file's own word, else the caller's."""
     if {"backbone", "stem", "image_size"} <= facts.keys():
         if backbone not in (None, facts["backbone"]):
-            raise ConfigError(f"--backbone: {backbone} is given, and {file} holds {facts['backbone']}; leave it out")
+            raise ConfigError(f"{keys.backbone}: {backbone} is given, and {file} holds {facts['backbone']}")
         if not facts["image_size"].isdecimal() or facts["stem"] not in get_args(Stem):
             raise ConfigError(f"{file}: has image_size {facts['image_size']}, stem {facts['stem']}; export it anew")
         if image_size not in (None, int(facts["image_size"])):
-            raise ConfigError(
-                f"--image-size: {image_size} is given, and {file} is for {facts['image_size']} px; leave it out"
-            )
+            raise ConfigError(f"{keys.image_size}: {image_size} is given, and {file} is for {facts['image_size']} px")
         return facts["backbone"], int(facts["image_size"]), facts["stem"]
     if backbone is None:
-        raise ConfigError(f"--backbone: {file} does not say which backbone it holds; give its name")
-    if image_size is None:
-        raise ConfigError(f"--image-size: {file} does not say for which images it is; give their side in pixels")
-    return backbone, image_size, "auto"
+        raise ConfigError(f"{keys.backbone}: {file} does not say which backbone it holds; give its name")
+    size, stem = image_size or otherwise[0], otherwise[1]
+    if size is None:
+        raise ConfigError(f"{keys.image_size}: {file} does not say for which images it is; give their side in pixels")
+    return backbone, size, stem

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.batchnorm import convert_sync_bn
 from engine.config import Config, ConfigError, keyed
 from engine.distributed import Ranks, precision_of, rows_per_rank
 from engine.optimizers import build_optimizer, check_optimizer
-from engine.peers import build_peer
+from engine.peers import Embedded, Peer, Views, build_peer
 from engine.placement import Placement
+from kernels import enqueue
 
 
 def deepspeed_config(cfg: Config, ranks: Ranks) -> dict[str, Any]:
@@ -120,9 +121,11 @@ class PeerEngine:
         self.engine = engine
         self.ranks = ranks  # those that train this peer
         self.zero_stage: int = engine.zero_optimization_stage()
+        self._keys: Views | None = None  # of the momentum network, of the step under way
+        self._towards = torch.zeros((), device=ranks.device)  # 1 - m, in memory, where a graph reads it
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Peer:
         """The peer itself; under ZeRO 3 its parameters are in pieces outside of `full_parameters`."""
         return self.engine.module
 
@@ -131,25 +134,38 @@ class PeerEngine:
         """The optimizer that DeepSpeed steps; its groups carry the learning rate."""
         return self.engine.optimizer
 
-    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor, y: Tensor) -> Embedded:
         """Embeddings [n, D] of both views, with gradient."""
         if not self.engine.torch_autocast_enabled():
             x, y = x.float(), y.float()  # a loader on a GPU gives float16
-        return self.engine(x, y)
+        embedded = self.module.embedded(self.engine(x, y))
+        self._keys = embedded.k
+        return embedded
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of this peer's own loss, averaged over the ranks."""
         self.engine.backward(loss)
 
+    def set_momentum(self, momentum: float | None) -> None:
+        """Sets m of the momentum network, where there is one."""
+        if momentum is not None:
+            self._towards.fill_(1 - momentum)
+
     def step(self) -> None:
-        """One optimizer step; gradients are cleared."""
+        """One optimizer step; gradients are cleared.  The momentum network follows, its queue takes what it made."""
         self.engine.step()
+        if self.module.target is None:
+            return
+        with self._full_parameters(write=True):  # under ZeRO 3 the first rank's are taken over by the others
+            self.module.follow(self._towards)
+        if self.module.queue is not None:
+            assert self._keys is not None
+            enqueue(self.module.queue.keys, self.module.queue.position, *self._keys, group=self.ranks.group)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Backbone features [c, width] in float32, in evaluation mode; every rank must call it equally often."""
         module = self.module
-        assert isinstance(module.encoder, nn.Module)
         module.eval()
         try:
             with self._autocast():
@@ -230,14 +246,15 @@ def build_engines(cfg: Config, placement: Placement, image_size: int) -> list[Pe
     settings = deepspeed_config(cfg, ranks)
     # DeepSpeed keeps the last one that it was given.
     deepspeed.utils.groups.mpu = split = None if placement.sizes is None else placement
-    for i, peer_cfg in enumerate(cfg.peers):
+    for i, peer_cfg in cfg.trained:
         with keyed(i):
             check_optimizer(peer_cfg.optimizer, ranks.device)
     engines = []
-    for i, peer_cfg in enumerate(cfg.peers):
+    graph = None if cfg.distill is None or cfg.distill.graph is None else cfg.distill.graph.projection
+    for i, peer_cfg in cfg.trained:
         with keyed(i):
             # Also one that others train: it draws its weights before the next.
-            peer = build_peer(peer_cfg, image_size=image_size).to(ranks.device)
+            peer = build_peer(peer_cfg, image_size=image_size, graph=graph).to(ranks.device)
         if i not in placement.peers:
             continue
         if cfg.engine.sync_bn:  # before initialize: afterwards DeepSpeed holds the old modules

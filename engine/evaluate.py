@@ -68,7 +68,7 @@ def _from_run(arguments: argparse.Namespace) -> tuple[list[Encoder], EvaluationC
     """Encoders, settings, and what scores.json says of where they come from."""
     run: Path = arguments.run
     cfg = load_config(run / "config.yaml")
-    peers = cfg.peers if arguments.peer is None else (cfg.peer(arguments.peer),)
+    peers = [peer for _, peer in cfg.trained] if arguments.peer is None else [cfg.peer(arguments.peer)]
     settings = run_settings(cfg, arguments.overrides)
     encoders = [run_encoder(run, cfg, peer) for peer in peers]
     newest = checkpoint.newest(run / "checkpoints")

@@ -28,8 +28,9 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from engine.checkpoint import CheckpointError
-from engine.config import ConfigError, PeerConfig, load_config
+from engine.config import ConfigError, load_config
 from engine.encoders import run_encoder
+from engine.peer_config import PeerConfig
 from engine.peers import timm_arguments
 
 FORMATS = ("timm", "torchvision", "dogo")

@@ -52,6 +52,26 @@ class Reader(NamedTuple):
         picked = evenly_spaced(len(dataset), at_most or len(dataset))
         count = len(picked)
         own = _even_share(picked, self.ranks)
+        features, read = self._encoded(dataset, own, encode)
+        labels = torch.from_numpy(np.where(own == read, dataset.labels[own], UNREADABLE))
+        group, device = self.ranks.group, self.ranks.device
+        every, every_label = _gathered(features, group), _gathered(labels.to(device), group)
+        # Rows stand rank by rank, padded; the padding is at the end of the last ranks.
+        keep = (torch.arange(len(every), device=device) < count) & (every_label != UNREADABLE)
+        return Labelled(every[keep], every_label[keep], torch.from_numpy(picked)[keep[:count].cpu()])
+
+    def every(self, dataset: ImageDataset, encode: Encode) -> Tensor:
+        """Features [len(dataset), F] of all images, on the CPU, the same on every rank; the row of an image that cannot
+        be read is another's.
+        """
+        own = _even_share(np.arange(len(dataset)), self.ranks)
+        features, _ = self._encoded(dataset, own, encode)
+        return _gathered(features, self.ranks.group)[: len(dataset)].cpu()
+
+    def _encoded(
+        self, dataset: ImageDataset, own: NDArray[np.int64], encode: Encode
+    ) -> tuple[Tensor, NDArray[np.int64]]:
+        """Features [c, F] of this rank's images, and which images were read [c]."""
         parts, read = [], []
         for images, index in plain_images(
             dataset, own, size=self.size, statistics=self.statistics,
@@ -59,12 +79,7 @@ class Reader(NamedTuple):
         ):  # fmt: skip
             parts.append(encode(images))
             read.append(index)
-        labels = torch.from_numpy(np.where(own == torch.cat(read).numpy(), dataset.labels[own], UNREADABLE))
-        group, device = self.ranks.group, self.ranks.device
-        every, every_label = _gathered(torch.cat(parts), group), _gathered(labels.to(device), group)
-        # Rows stand rank by rank, padded; the padding is at the end of the last ranks.
-        keep = (torch.arange(len(every), device=device) < count) & (every_label != UNREADABLE)
-        return Labelled(every[keep], every_label[keep], torch.from_numpy(picked)[keep[:count].cpu()])
+        return torch.cat(parts), torch.cat(read).numpy()
 
 
 def evenly_spaced(n: int, at_most: int) -> NDArray[np.int64]:

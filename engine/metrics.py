@@ -143,11 +143,15 @@ def progress_bar(description: str, *, enabled: bool) -> Progress:
     )
 
 
+# Parts of a loss, as objectives.py names them.
+TERMS = ("ntxent", "simsiam", "byol", "mocov2", "barlow_twins", "vicreg", "kl", "reverse_kl", "jeffreys", "js", "graph")
+
+
 def plot_run(folder: Path) -> list[Path]:
     """losses.png, embeddings.png and, where there are kNN rows, knn.png from metrics.jsonl; returns what it wrote."""
     rows = read_rows(folder / "metrics.jsonl")
     panels = {
-        "losses": ("loss", ("loss", "ntxent", "kl")),
+        "losses": ("loss", ("loss", *TERMS)),
         "embeddings": ("spread (1 = even, 0 = collapsed)", ("std",)),
         "knn": ("kNN accuracy", ("knn",)),
     }
@@ -177,7 +181,7 @@ def _plot(path: Path, rows: list[dict[str, Any]], label: str, prefixes: tuple[st
                 points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
                 axis.plot(*zip(*points, strict=True), label=peer, marker="o" if len(points) < 12 else None)
         axis.set_xlabel("step")
-        axis.set_ylabel(label if quantity not in ("ntxent", "kl") else quantity)
+        axis.set_ylabel(quantity if quantity in TERMS else label)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)

@@ -70,10 +70,11 @@ def parameter_groups(module: nn.Module, cfg: OptimizerConfig) -> list[dict[str, 
     elif cfg.name == "lamb":
         # timm adapts only what has weight decay: without this a weight_decay of 0 would turn LAMB into Adam.
         adapt, plain = {"always_adapt": True}, {"always_adapt": False}
+    trained = [p for p in module.parameters() if p.requires_grad]
     if not cfg.excludes_bias_and_norm:
-        return [{"params": list(module.parameters()), **adapt}]
-    weights = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
+        return [{"params": trained, **adapt}]
+    weights = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [{"params": weights, **adapt}, {"params": others, "weight_decay": 0.0, **plain}]
     return [group for group in groups if group["params"]]  # apex's FusedAdam fails on an empty group
 
@@ -185,7 +186,7 @@ def describe_scaling(cfg: Config) -> list[str]:
         f"peer {peer.name}: learning rate {base_rate(peer.optimizer, batch):.6g} = {peer.optimizer.lr:g} x "
         f"{by[peer.optimizer.lr_scaling]} (peers.{i}.optimizer.lr_scaling={peer.optimizer.lr_scaling}, "
         f"data.batch_size={batch})"
-        for i, peer in enumerate(cfg.peers)
+        for i, peer in cfg.trained
         if peer.optimizer.lr_scaling != "none"
     ]
 

@@ -1,15 +1,16 @@
-"""Peers: a backbone with its projector, run on the two views of a batch.
+"""Peers: a backbone with its projector and what its objective adds, run on the two views of a batch.
 
 Backbones are timm's, by name, plus the CIFAR WideResNets of the paper (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,7 +18,12 @@ from safetensors import safe_open
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from engine.config import ConfigError, PeerConfig, ProjectorConfig
+from engine.config import ConfigError
+from engine.objective_config import Mocov2, PredictorConfig
+from engine.peer_config import PeerConfig, ProjectorConfig
+from kernels import new_queue
+
+Views = tuple[Tensor, Tensor]  # of the two views of a batch, [n, D] each
 
 SMALL_IMAGE_PX = 100  # below this a stem that shrinks 4x leaves too little of an image (the authors' code: 100 too)
 
@@ -90,7 +96,7 @@ def build_backbone(name: str, *, image_size: int, stem: str = "auto") -> tuple[n
             raise ConfigError(f"stem: small is for ResNets; {name} keeps its own, so: auto or standard")
     elif stem == "small" or (stem == "auto" and image_size < SMALL_IMAGE_PX):
         _small_stem(backbone)
-    return backbone, _feature_width(name, backbone, image_size)
+    return backbone, feature_width(name, backbone, image_size)
 
 
 def timm_arguments(name: str, image_size: int) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def _small_stem(resnet: ResNet) -> None:
     setattr(resnet, "maxpool", nn.Identity())  # noqa: B010  timm declares a Sequential
 
 
-def _feature_width(name: str, backbone: nn.Module, image_size: int) -> int:
+def feature_width(name: str, backbone: nn.Module, image_size: int) -> int:
     """Asked of the backbone itself: `num_features` is not the pooled width of every timm model (MobileNetV3)."""
     training = backbone.training
     try:
@@ -143,36 +149,114 @@ def _feature_width(name: str, backbone: nn.Module, image_size: int) -> int:
 
 
 def build_projector(width: int, cfg: ProjectorConfig) -> nn.Sequential:
-    """width -> hidden (no bias) - BN - ReLU -> ... -> out, as in SimCLR (Chen et al. 2020, arXiv 2002.05709)."""
+    """width -> hidden - BN - ReLU -> ... -> out, linear layers with a bias where no BatchNorm follows.
+
+    As in SimCLR (Chen et al. 2020, arXiv 2002.05709); `norm` and `out_norm` say where there is BatchNorm.
+    """
     layers: list[nn.Module] = []
     for _ in range(cfg.layers - 1):
-        layers += [nn.Linear(width, cfg.hidden, bias=False), nn.BatchNorm1d(cfg.hidden), nn.ReLU(inplace=True)]
+        layers.append(nn.Linear(width, cfg.hidden, bias=not cfg.norm))
+        layers += [nn.BatchNorm1d(cfg.hidden)] if cfg.norm else []
+        layers.append(nn.ReLU(inplace=True))
         width = cfg.hidden
-    return nn.Sequential(*layers, nn.Linear(width, cfg.out))
+    layers.append(nn.Linear(width, cfg.out, bias=not cfg.out_norm))
+    return nn.Sequential(*layers, *([nn.BatchNorm1d(cfg.out)] if cfg.out_norm else []))
+
+
+def build_predictor(width: int, cfg: PredictorConfig) -> nn.Sequential:
+    """width -> hidden (no bias) - BN - ReLU -> width (Chen & He 2020, arXiv 2011.10566)."""
+    return build_projector(width, ProjectorConfig(hidden=cfg.hidden, out=width, layers=2))
+
+
+class KeyQueue(nn.Module):
+    """The newest `size` embeddings of a momentum network, of unit length, equal on all ranks: keys [size, D] and the
+    place of the oldest, `position`, a 0-D integer."""
+
+    keys: Tensor
+    position: Tensor
+    equal_on_ranks = True  # not averaged over them
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", new_queue(size, width))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+
+class Embedded(NamedTuple):
+    """What one peer made of a batch: pairs, of both views, of [n, D]."""
+
+    z: Views
+    """Projector outputs."""
+    p: Views | None = None
+    """Predictor outputs, where there is a predictor."""
+    graph_z: Views | None = None
+    """z through the layer of distill.graph.projection, where there is one; `graph_p`: p."""
+    graph_p: Views | None = None
+    k: Views | None = None
+    """Projector outputs of the momentum network, without gradient."""
+    queue: Tensor | None = None
+    """Of the momentum network's older ones: [K, D]."""
+
+    @property
+    def student(self) -> Views:
+        """What a loss of this peer sends its gradient into."""
+        return self.z if self.p is None else self.p
 
 
 class Peer(nn.Module):
-    """Encoder (backbone) and projector; `forward` embeds the two views of a batch.
+    """Encoder (backbone) and projector, and what the objective adds: a predictor, a momentum network, a queue.
 
     `joint=False` runs each view by itself, so that BatchNorm takes its statistics per view (the paper's way).
+    `momentum`: a copy of encoder and projector that no optimizer trains, `target`, which `follow` moves.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, *, joint: bool) -> None:
+    def __init__(
+        self, encoder: nn.Module, projector: nn.Module, *, joint: bool,
+        predictor: nn.Module | None = None, graph: nn.Module | None = None, momentum: bool = False,
+        queue: KeyQueue | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder = encoder
         self.projector = projector
+        self.predictor, self.graph = predictor, graph
         self.joint = joint
-        self._embedding: Callable[[Tensor], Tensor] = self.embedding
+        copied = copy.deepcopy((encoder, projector)) if momentum else ()
+        self.target = nn.Sequential(*copied).requires_grad_(False) if momentum else None
+        self.queue = queue
+        self._embedding: Callable[[Tensor], tuple[Tensor, ...]] = self.embedding
+        self._target_embedding: Callable[[Tensor], tuple[Tensor, ...]] = self.target_embedding
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, 3, H, W] twice -> [n, D] twice
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:  # [n, 3, H, W] twice -> [n, D], view by view
+        """What `embedded` takes apart: DeepSpeed's hooks hand on tuples of tensors alone."""
+        made = self._of_both(self._embedding, x, y)
+        if self.target is not None:
+            with torch.no_grad():
+                made += self._of_both(self._target_embedding, x, y)
+        return made
+
+    def embedded(self, made: tuple[Tensor, ...]) -> Embedded:
+        """The outputs of `forward` by name."""
+        names = ["z"] + ["p"] * (self.predictor is not None)
+        names += [f"graph_{name}" for name in names] if self.graph is not None else []
+        names += ["k"] * (self.target is not None)
+        pairs = zip(made[::2], made[1::2], strict=True)
+        return Embedded(**dict(zip(names, pairs, strict=True)), queue=None if self.queue is None else self.queue.keys)
+
+    def _of_both(self, network: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         if self.joint:
-            z_x, z_y = self._embedding(torch.cat((x, y))).chunk(2)
-            return z_x, z_y
-        return self._embedding(x), self._embedding(y)
+            return tuple(view for made in network(torch.cat((x, y))) for view in made.chunk(2))
+        return tuple(view for pair in zip(network(x), network(y), strict=True) for view in pair)
 
-    def embedding(self, images: Tensor) -> Tensor:  # [n, 3, H, W] -> [n, D]
-        """One pass through encoder and projector."""
-        return self.projector(self.encoder(images))
+    def embedding(self, images: Tensor) -> tuple[Tensor, ...]:  # [n, 3, H, W] -> [n, D] each
+        """One pass: z and, where there are a predictor and a graph layer, p, graph_z, graph_p."""
+        z = self.projector(self.encoder(images))
+        made = (z,) if self.predictor is None else (z, self.predictor(z))
+        return made if self.graph is None else (*made, *map(self.graph, made))
+
+    def target_embedding(self, images: Tensor) -> tuple[Tensor, ...]:  # [n, 3, H, W] -> [n, D]
+        """One pass through the momentum network."""
+        assert self.target is not None
+        return (self.target(images),)
 
     def compile_embedding(self) -> None:
         """From now on `forward` runs through torch.compile, each pass one graph; the encoder alone stays as it is.
@@ -181,9 +265,33 @@ class Peer(nn.Module):
         error when it is met.
         """
         self._embedding = torch.compile(self.embedding, fullgraph=True, dynamic=False)
+        self._target_embedding = torch.compile(self.target_embedding, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def follow(self, step: Tensor) -> None:
+        """Moves the momentum network's weights towards the peer's by `step`, 0-D: 1 - m of the momentum m.
+
+        Its BatchNorm statistics are its own.
+        """
+        assert self.target is not None
+        own: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
+        target: list[Tensor] = list(self.target.parameters())
+        way = torch._foreach_sub(own, target)
+        torch._foreach_mul_(way, step)
+        torch._foreach_add_(target, way)
 
 
-def build_peer(cfg: PeerConfig, *, image_size: int) -> Peer:
-    """A peer with fresh weights from torch's global generator; raises ConfigError as `build_backbone` does."""
+def build_peer(cfg: PeerConfig, *, image_size: int, graph: int | None = None) -> Peer:
+    """A peer with fresh weights from torch's global generator; raises ConfigError as `build_backbone` does.
+
+    `graph`: distill.graph.projection.
+    """
     encoder, width = build_backbone(cfg.backbone, image_size=image_size, stem=cfg.stem)
-    return Peer(encoder, build_projector(width, cfg.projector), joint=cfg.bn == "joint")
+    projector, out = build_projector(width, cfg.projector), cfg.projector.out
+    return Peer(
+        encoder, projector, joint=cfg.bn == "joint",
+        predictor=None if cfg.predictor is None else build_predictor(out, cfg.predictor),
+        graph=None if graph is None else nn.Linear(out, graph),
+        momentum=cfg.momentum is not None,
+        queue=KeyQueue(cfg.objective.queue, out) if isinstance(cfg.objective, Mocov2) else None,
+    )  # fmt: skip

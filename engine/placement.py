@@ -83,7 +83,7 @@ def place(cfg: Config, ranks: Ranks, image_size: int, sizes: tuple[int, int] | N
     `sizes`: of the run that is resumed.  Raises ConfigError: too few ranks, or a batch that does not divide.
     """
     if cfg.engine.concurrency != "split":
-        return Placement(ranks, tuple(range(len(cfg.peers))))
+        return Placement(ranks, tuple(i for i, _ in cfg.trained))
     if ranks.world < 2:
         raise ConfigError(f"engine.concurrency: split takes a rank a peer at least, found {ranks.world} in all")
     sizes, note = cfg.engine.split or sizes, ""
@@ -122,7 +122,7 @@ def _check(sizes: tuple[int, int], cfg: Config, ranks: Ranks) -> None:
         raise ConfigError(
             f"engine.split: {sizes[0]} and {sizes[1]} ranks make {sum(sizes)}, found {ranks.world} in all"
         )
-    for peer, size in zip(cfg.peers, sizes, strict=True):
+    for (_, peer), size in zip(cfg.trained, sizes, strict=True):
         if cfg.data.batch_size % size:
             raise ConfigError(
                 f"data.batch_size: {cfg.data.batch_size} does not divide by the {size} ranks of peer {peer.name} "
@@ -172,7 +172,7 @@ def _seconds(cfg: Config, peer: int, device: torch.device, image_size: int) -> f
     """Forward and backward of one peer alone on this rank."""
     bf16 = precision_of(cfg, device) == "bf16"
     with keyed(peer):
-        network = build_peer(cfg.peers[peer], image_size=image_size).to(device)
+        network = build_peer(cfg.trained[peer][1], image_size=image_size).to(device)
     network.to(memory_format=torch.channels_last)
     view = torch.randn(MEASURED_IMAGES, 3, image_size, image_size, device=device)
     view = view.contiguous(memory_format=torch.channels_last)
@@ -198,7 +198,7 @@ class Exchange:
         (peer,) = placement.peers
         other, sizes, N = 1 - peer, placement.sizes, cfg.data.batch_size
         assert sizes is not None
-        self._width = cfg.peers[other].projector.out
+        self._width = cfg.trained[other][1].projector.out
         own = placement.rows_of(peer, placement.own.rank, N)
         self._parts: list[tuple[int, slice]] = []  # a rank of the other group, and the rows that both hold
         for rank, member in enumerate(_members(sizes)[other]):

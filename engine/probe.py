@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.config import KnnConfig
-from engine.data.augment import AugmentPolicy
 from engine.data.catalog import open_split
-from engine.data.skipped import SkippedImages
 from engine.data_config import DataConfig
-from engine.distributed import Ranks
 from engine.features import Encode, Reader
 
 QUERY_CHUNK = 1024  # queries at once: 1,024 x 50,000 cosines are 200 MB
@@ -50,26 +47,21 @@ def knn_accuracy(
 class KnnProbe:
     """kNN accuracy of an encoder on a data set, the work shared by the ranks; None where there are no labels."""
 
-    def __init__(
-        self,
-        data: DataConfig,
-        cfg: KnnConfig,
-        policy: AugmentPolicy,
-        *,
-        workers: int,
-        ranks: Ranks,
-        skipped: SkippedImages,
-    ) -> None:
-        self.cfg, self.reader = cfg, Reader(policy.size, policy.statistics, workers, ranks, skipped)
+    def __init__(self, data: DataConfig, cfg: KnnConfig, reader: Reader) -> None:
+        self.cfg, self.reader = cfg, reader
         self.bank = open_split(data, "bank")
         self.queries = open_split(data, "test")
 
-    def accuracy(self, features: Encode) -> float | None:
-        """`features` maps images [c, 3, S, S] to [c, F]; the same accuracy on every rank.  Called by all ranks."""
+    def accuracy(self, features: Encode, reader: Reader | None = None) -> float | None:
+        """`features` maps images [c, 3, S, S] to [c, F]; the same accuracy on every rank.  Called by all ranks.
+
+        `reader`: of images as this encoder has them, where they are not the run's.
+        """
         if self.bank is None or self.queries is None:
             return None
-        bank = self.reader.labelled(self.bank, features, self.cfg.bank)
-        queries = self.reader.labelled(self.queries, features)
+        reader = reader or self.reader
+        bank = reader.labelled(self.bank, features, self.cfg.bank)
+        queries = reader.labelled(self.queries, features)
         return knn_accuracy(
             bank.features, bank.labels, queries.features, queries.labels, k=self.cfg.k, tau=self.cfg.tau
         )

@@ -15,7 +15,11 @@ from yaml import YAMLError
 from engine.optimizer_config import Section
 
 # pydantic's names for what YAML calls otherwise.
-_SHAPES = {"tuple_type": "a list, [...]", "model_type": "a mapping, {key: value, ...}"}
+_SHAPES = {
+    "tuple_type": "a list, [...]", "model_type": "a mapping, {key: value, ...}",
+    "model_attributes_type": "a name, or a mapping {name: ..., ...}",
+    "union_tag_not_found": "a name, or a mapping {name: ..., ...}",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -84,12 +88,14 @@ def _describe(error: Any, section: type[BaseModel]) -> str:
     location = [part for part in error["loc"] if isinstance(part, int) or part in known or (part,) == last]
     key = ".".join(map(str, location))
     if kind == "extra_forbidden":
-        allowed = _keys_at(section, location[:-1])
+        allowed = _keys_at(section, error["loc"][:-1])
         near = difflib.get_close_matches(str(location[-1]), allowed, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{key}: unknown key; {hint}"
     if kind == "missing":
         return f"{key}: is required"
+    if kind == "union_tag_invalid":
+        return f"{key}: found {error['ctx']['tag']!r}, allowed: {error['ctx']['expected_tags']}"
     if kind == "value_error":
         text = str(error["ctx"]["error"])
         return text if not key or text.startswith(("exactly", key)) else f"{key}: {text}"
@@ -101,13 +107,13 @@ def _describe(error: Any, section: type[BaseModel]) -> str:
     return f"{key}: found {given!r}, allowed: {message}"
 
 
-def _sections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """Names of the fields that hold sections (alone or in a list)."""
-    found = {}
+def _sections(section: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
+    """Names of the fields that hold sections (alone or in a list), and the kinds of section that each takes."""
+    found: dict[str, list[type[BaseModel]]] = {}
     for name, field in section.model_fields.items():
         for kind in _leaf_types(field.annotation):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found[name] = kind
+                found.setdefault(name, []).append(kind)
     return found
 
 
@@ -117,12 +123,20 @@ def _leaf_types(annotation: Any) -> list[Any]:
 
 
 def _keys_at(section: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Keys of the section at a location in which, behind a field of several kinds, the kind's tag stands."""
+    kinds = [section]
     for part in location:
         if isinstance(part, str):
-            section = _sections(section)[part]
-    return list(section.model_fields)
+            tagged = [kind for kind in kinds if part in (kind.__name__, _tag(kind))]
+            kinds = tagged or [inner for kind in kinds for inner in _sections(kind).get(part, [])] or kinds
+    return list(dict.fromkeys(key for kind in kinds for key in kind.model_fields))
+
+
+def _tag(kind: type[BaseModel]) -> Any:
+    """What its `name` says where that can be one thing alone."""
+    return kind.model_fields["name"].default if "name" in kind.model_fields else None
 
 
 @cache
 def _all_keys(section: type[BaseModel]) -> set[str]:
-    return set(section.model_fields).union(*(_all_keys(s) for s in _sections(section).values()))
+    return set(section.model_fields).union(*(_all_keys(s) for kinds in _sections(section).values() for s in kinds))

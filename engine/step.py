@@ -11,7 +11,7 @@ kernels and is captured with them; its own step counters then stand still, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,10 +21,13 @@ from torch import Tensor
 from engine.config import Config, ConfigError
 from engine.distributed import Ranks
 from engine.engines import PeerEngine
-from engine.objectives import PeerLoss, Views, peer_losses, start_gather
+from engine.objectives import PeerLoss, peer_losses, start_gather
 from engine.optimizers import set_learning_rate
+from engine.peers import Embedded
 from engine.placement import Exchange, Placement
 from engine.profile import part
+from engine.schedules import Pace
+from engine.teacher import Teacher
 from kernels import GatheredViews
 
 WARM_UP = 3  # steps before the capture: libraries load, and optimizers make their state
@@ -35,63 +38,91 @@ T = TypeVar("T")
 class Losses(NamedTuple):
     """What the forward part of a step gives."""
 
-    embeddings: list[Views]  # of each peer
-    losses: list[PeerLoss]
+    embedded: list[Embedded]  # of each peer
+    losses: dict[int, PeerLoss]  # of each that trains, by its place in the configuration
     finite: Tensor  # 0-D bool, on the device
+
+
+def viewers(peers: Iterable[int], teachers: Sequence[Teacher]) -> list[int]:
+    """The peers that see views of a batch, by their places, in order: those that train here, and teachers that are not
+    plain.
+    """
+    return sorted([*peers, *(teacher.index for teacher in teachers if not teacher.plain)])
 
 
 class Step:
     """The parts of a step, launched one by one, one peer's behind the other's."""
 
-    def __init__(self, cfg: Config, engines: Sequence[PeerEngine], placement: Placement) -> None:
-        self.cfg, self.engines, self.group = cfg, engines, placement.own.group
+    def __init__(
+        self, cfg: Config, engines: Sequence[PeerEngine], placement: Placement, teachers: Sequence[Teacher] = ()
+    ) -> None:
+        self.cfg, self.engines, self.teachers, self.group = cfg, engines, teachers, placement.own.group
         self._exchange = None if placement.sizes is None else Exchange(placement, cfg)
-        # A rank that trains one peer has views for that one alone.
-        self._own_views = cfg.data.views == "per_peer" and self._exchange is None
+        looking = viewers([engine.index for engine in engines], teachers)
+        per_peer = cfg.data.views == "per_peer"
+        self._first_view = {index: 2 * place if per_peer else 0 for place, index in enumerate(looking)}
+        # In memory, where a graph reads it, as learning rates are.
+        ramped = cfg.distill is not None and cfg.distill.ramp is not None
+        self._share = torch.ones((), device=placement.own.device) if ramped else None
+
+    def set_share(self, share: float) -> None:
+        """The share of their weights that distillation terms have in the next `forward` (distill.ramp)."""
+        if self._share is not None:
+            self._share.fill_(share)
 
     def forward(self, views: list[Tensor]) -> Losses:
-        """The losses of the batch; `views`: [n, 3, S, S] each, two a peer that this rank trains, or two for all."""
+        """The losses of the batch; `views`: [n, 3, S, S] each, two for each of `viewers`, or two for all."""
         with part("forward"):
-            made = self.each(lambda engine: self._embed(engine, views))
+            made: list[tuple[int, Embedded, GatheredViews | None]] = [
+                (teacher.index, teacher.embed(self._views_of(teacher.index, views)), None) for teacher in self.teachers
+            ]
+            made += self.each(lambda engine: self._embed(engine, views))
         if self._exchange is not None:
-            ((own, _),) = made
+            ((own, embedded, _),) = made
             with part("communication"):
-                made.insert(1 - self.engines[0].index, (self._exchange(*own), None))
-        embeddings, gathered = [views for views, _ in made], [under_way for _, under_way in made]
+                made.append((1 - own, Embedded(self._exchange(*embedded.z)), None))
+        made.sort(key=lambda peer: peer[0])
+        every, gathered = [embedded for _, embedded, _ in made], [under_way for _, _, under_way in made]
         with part("loss"):
-            losses = peer_losses(self.cfg, embeddings, self.group, gathered)
+            share = 1.0 if self._share is None else self._share
+            losses = peer_losses(self.cfg, every, self.group, gathered, share)
             finite = torch.stack([loss.loss.detach().isfinite() for loss in losses]).all()
-        return Losses(embeddings, losses, finite)
+        return Losses(every, {i: loss for (i, _), loss in zip(self.cfg.trained, losses, strict=True)}, finite)
 
     def backward(self, losses: Losses) -> None:
         """The gradients of each peer that this rank trains."""
         with part("backward"):
             self.each(lambda engine: engine.backward(losses.losses[engine.index].loss))
 
-    def optimize(self, rates: Sequence[float]) -> None:
-        """One optimizer step of each of them; `rates`: the learning rates of all peers."""
+    def optimize(self, paces: Mapping[int, Pace]) -> None:
+        """One optimizer step of each of them; `paces`: of all peers that train, by their place."""
         with part("optimizer"):
-            self.set_rates(rates)
+            self.set_paces(paces)
             self.update()
 
-    def set_rates(self, rates: Sequence[float]) -> None:
-        """Sets the learning rates, those of all peers given."""
+    def set_paces(self, paces: Mapping[int, Pace]) -> None:
+        """Sets learning rates and momenta, those of all peers given."""
         for engine in self.engines:
-            set_learning_rate(engine.optimizer, rates[engine.index])
+            set_learning_rate(engine.optimizer, paces[engine.index].rate)
+            engine.set_momentum(paces[engine.index].momentum)
 
     def update(self) -> None:
-        """One optimizer step at the rates that are set."""
+        """One optimizer step at the paces that are set."""
         self.each(lambda engine: engine.step())
 
     def each(self, work: Callable[[PeerEngine], T]) -> list[T]:
         """Does something for each peer that this rank trains."""
         return [work(engine) for engine in self.engines]
 
-    def _embed(self, engine: PeerEngine, views: list[Tensor]) -> tuple[Views, GatheredViews | None]:
-        """Embeddings, on their way to the other ranks while the next peer's are made."""
-        first = 2 * engine.index if self._own_views else 0
-        embedded = engine.embed(*views[first : first + 2])
-        return embedded, start_gather(self.cfg, embedded, self.group)
+    def _views_of(self, index: int, views: list[Tensor]) -> list[Tensor]:
+        """The two that a peer sees; none where it sees none."""
+        first = self._first_view.get(index)
+        return [] if first is None else views[first : first + 2]
+
+    def _embed(self, engine: PeerEngine, views: list[Tensor]) -> tuple[int, Embedded, GatheredViews | None]:
+        """A peer's place and embeddings, on their way to the other ranks while the next peer's are made."""
+        embedded = engine.embed(*self._views_of(engine.index, views))
+        return engine.index, embedded, start_gather(self.cfg, embedded, self.group)
 
 
 class StreamedStep(Step):
@@ -103,8 +134,10 @@ class StreamedStep(Step):
     exchanges, SyncBatchNorm's among them, queue in one communicator in the order of their launch.
     """
 
-    def __init__(self, cfg: Config, engines: Sequence[PeerEngine], placement: Placement) -> None:
-        super().__init__(cfg, engines, placement)
+    def __init__(
+        self, cfg: Config, engines: Sequence[PeerEngine], placement: Placement, teachers: Sequence[Teacher] = ()
+    ) -> None:
+        super().__init__(cfg, engines, placement, teachers)
         self._branches = [torch.cuda.Stream() for _ in engines]
 
     def each(self, work: Callable[[PeerEngine], T]) -> list[T]:
@@ -132,6 +165,10 @@ class CapturedStep:
         self._done = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
+    def set_share(self, share: float) -> None:
+        """As of `Step`."""
+        self._step.set_share(share)
+
     def forward(self, views: list[Tensor]) -> Losses:
         """The losses of the batch, as `Step.forward` has them."""
         if self._done == WARM_UP:
@@ -155,15 +192,15 @@ class CapturedStep:
         with self._aside():
             self._step.backward(losses)
 
-    def optimize(self, rates: Sequence[float]) -> None:
-        """One optimizer step of each peer, at its learning rate."""
+    def optimize(self, paces: Mapping[int, Pace]) -> None:
+        """One optimizer step of each peer, at its pace."""
         if self._graphs:
             with part("optimizer"):
-                self._step.set_rates(rates)
+                self._step.set_paces(paces)
                 self._graphs[2].replay()
             return
         with self._aside():
-            self._step.optimize(rates)
+            self._step.optimize(paces)
 
     def _from_views(self, views: list[Tensor]) -> Losses:
         if self._make_views is not None:
@@ -217,6 +254,7 @@ def build_step(
     cfg: Config,
     engines: Sequence[PeerEngine],
     placement: Placement,
+    teachers: Sequence[Teacher] = (),
     *,
     captured: bool,
     make_views: Callable[[], None] | None = None,
@@ -224,7 +262,7 @@ def build_step(
     """The step that the configuration asks for; `make_views`: see CapturedStep."""
     wanted = cfg.engine.concurrency
     streams = wanted == "streams" or (wanted == "auto" and captured)
-    step = (StreamedStep if streams else Step)(cfg, engines, placement)
+    step = (StreamedStep if streams else Step)(cfg, engines, placement, teachers)
     return CapturedStep(step, make_views=make_views) if captured else step
 
 

@@ -31,13 +31,17 @@ from engine.distributed import (
     workers_of,
 )
 from engine.engines import build_engines, precision_of
+from engine.features import Reader
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
-from engine.objectives import PeerLoss, Views
+from engine.objectives import PeerLoss
 from engine.optimizers import learning_rate
+from engine.peers import Embedded
 from engine.placement import place
 from engine.probe import KnnProbe
 from engine.profile import OUTSIDE, StepProfiler, part
-from engine.step import WARM_UP, CapturedStep, Finite, Step, build_step, captures
+from engine.schedules import Pace, momentum_at, ramp_share
+from engine.step import WARM_UP, CapturedStep, Finite, Step, build_step, captures, viewers
+from engine.teacher import Teacher, build_teachers
 
 LOADERS: dict[str, Any] = {"torchvision": TorchLoader, "dali": DaliLoader, "resident": ResidentLoader}
 
@@ -71,6 +75,8 @@ class Trainer:
         self.placement = everyone_does(ranks, lambda: place(cfg, ranks, self.size, begun))
         seed_everything(cfg.run.seed)
         self.engines = everyone_does(ranks, lambda: build_engines(cfg, self.placement, self.size))
+        self.policy = build_policy(cfg.data.augment, self.size)
+        self.teachers = everyone_does(ranks, lambda: build_teachers(cfg, ranks, self.policy))
         everyone_does(ranks, self._open_data)
         everyone_does(ranks, self._check_same_data)
         first = self.resume_point[1].step if self.resume_point else 0
@@ -79,11 +85,11 @@ class Trainer:
         )
         self.step = self._build_step()
         self.meters = Meters()
+        self.taught: dict[str, float | None] = {}  # kNN of the frozen peers
 
     def _open_data(self) -> None:
         cfg, ranks, own = self.cfg, self.ranks, self.placement.own
         workers = workers_of(cfg.data.workers)
-        policy = build_policy(cfg.data.augment, self.size)
         dataset = open_split(cfg.data, "train")
         assert dataset is not None
         self.skipped = SkippedImages(ranks)
@@ -91,16 +97,19 @@ class Trainer:
             dataset, batch_size=cfg.data.batch_size, seed=cfg.run.seed, ranks=own, last_batch=cfg.data.last_batch
         )
         per_peer = cfg.data.views == "per_peer"
+        looking = len(viewers(self.placement.peers, self.teachers))
         self.loader = LOADERS[cfg.data.loader](
-            dataset, policy, self.order, views=2 * len(self.placement.peers) if per_peer else 2,
-            workers=workers, ranks=own, skipped=self.skipped, **self._loader_options(),
-            first_view=2 * self.placement.peers[0] if per_peer else 0,
+            dataset, self.policy, self.order, views=2 * looking if per_peer else 2, workers=workers, ranks=own,
+            skipped=self.skipped, **self._loader_options(),
+            first_view=2 * self.placement.peers[0] if per_peer and self.placement.sizes is not None else 0,
         )  # fmt: skip
+        reader = Reader(self.policy.size, self.policy.statistics, workers, own, self.skipped)
+        for teacher in self.teachers:
+            if teacher.plain:
+                teacher.remember(dataset, reader, self.order.rows)
         self.knn = None
         if cfg.eval.knn is not None:
-            self.knn = KnnProbe(
-                cfg.data, cfg.eval.knn, policy, workers=workers, ranks=own, skipped=self.skipped,
-            )  # fmt: skip
+            self.knn = KnnProbe(cfg.data, cfg.eval.knn, reader)
         held = self.knn.queries.rejected if self.knn is not None and self.knn.queries is not None else ()
         self.rejected = len({*dataset.rejected, *held})
         self.steps = cfg.run.steps or (cfg.run.epochs or 0) * self.order.steps_per_epoch
@@ -132,7 +141,9 @@ class Trainer:
         # Only views that lie in the same memory in every step can be made inside of the graph.
         inside = self.captured and isinstance(self.loader, ResidentLoader)
         make_views = self.loader.leave_launch() if inside else None
-        return build_step(self.cfg, self.engines, self.placement, captured=self.captured, make_views=make_views)
+        return build_step(
+            self.cfg, self.engines, self.placement, self.teachers, captured=self.captured, make_views=make_views
+        )
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -193,34 +204,45 @@ class Trainer:
     def train(self, batch: Batch) -> dict[str, Any]:
         """One step and what is due after it; returns what the progress bar shows anew."""
         self.rng = checkpoint.device_rng()
+        for teacher in self.teachers:
+            teacher.take(batch.indices)
+        self.step.set_share(self._share(batch.step))
         forward = self.step.forward(batch.views)
         finite = Finite(forward.finite)
         self.step.backward(forward)
         if not finite.wait():
             self._stop_non_finite(batch, forward.losses)
-        self.step.optimize(self._rates(batch.step))
+        self.step.optimize(self._paces(batch.step))
         self.meters.add(self._scalars(forward.losses))
-        return self._after(batch.step + 1, forward.embeddings)
+        return self._after(batch.step + 1, forward.embedded)
 
-    def _rates(self, step: int) -> list[float]:
-        """The learning rate of each peer."""
-        return [
-            learning_rate(
-                peer.optimizer, step,
-                steps=self.steps, steps_per_epoch=self.order.steps_per_epoch, batch_size=self.cfg.data.batch_size,
+    def _paces(self, step: int) -> dict[int, Pace]:
+        """Learning rate and momentum of each peer that trains."""
+        return {
+            i: Pace(
+                learning_rate(
+                    peer.optimizer, step,
+                    steps=self.steps, steps_per_epoch=self.order.steps_per_epoch, batch_size=self.cfg.data.batch_size,
+                ),
+                momentum_at(peer.objective, step, steps=self.steps),
             )
-            for peer in self.cfg.peers
-        ]  # fmt: skip
+            for i, peer in self.cfg.trained
+        }  # fmt: skip
+
+    def _share(self, step: int) -> float:
+        """Of the weights of distillation."""
+        ramp = None if self.cfg.distill is None else self.cfg.distill.ramp
+        return ramp_share(ramp, step, steps_per_epoch=self.order.steps_per_epoch)
 
     # -- what is due after some steps ------------------------------------------------------------------------------
 
-    def _after(self, done: int, embeddings: list[Views]) -> dict[str, Any]:
+    def _after(self, done: int, embedded: list[Embedded]) -> dict[str, Any]:
         last = done == self.steps
 
         def due(every: int | None) -> bool:
             return last or (every is not None and done % every == 0)
 
-        note = self._log(done, embeddings) if due(self.cfg.run.log_every_steps) else {}
+        note = self._log(done, embedded) if due(self.cfg.run.log_every_steps) else {}
         knn = self.cfg.eval.knn
         evaluate, save = knn is not None and due(knn.every_steps), due(self.cfg.run.save_every_steps)
         if evaluate or save:
@@ -235,23 +257,25 @@ class Trainer:
                 self.training.start()
         return note
 
-    def _scalars(self, losses: list[PeerLoss]) -> dict[str, Tensor]:
+    def _scalars(self, losses: dict[int, PeerLoss]) -> dict[str, Tensor]:
         values = {}
-        for peer, loss in zip(self.cfg.peers, losses, strict=True):
+        for i, loss in losses.items():
+            peer = self.cfg.peers[i]
             values[f"loss/{peer.name}"] = loss.loss.detach()
             values.update({f"{term}/{peer.name}": value for term, value in loss.terms.items()})
         return values
 
-    def _log(self, done: int, embeddings: list[Views]) -> dict[str, Any]:
+    def _log(self, done: int, embedded: list[Embedded]) -> dict[str, Any]:
         row: dict[str, float] = {"epoch": done / self.order.steps_per_epoch, **self.meters.read()}
-        for peer, (x, _), rate in zip(self.cfg.peers, embeddings, self._rates(done - 1), strict=True):
-            row.update({f"{key}/{peer.name}": float(v) for key, v in collapse_indicators(x).items()})
-            row[f"lr/{peer.name}"] = rate
+        paces = self._paces(done - 1)
+        for i, peer in self.cfg.trained:
+            row.update({f"{key}/{peer.name}": float(v) for key, v in collapse_indicators(embedded[i].z[0]).items()})
+            row[f"lr/{peer.name}"] = paces[i].rate
         row["images_per_s"] = self._rate(done)
         self.skipped.share()
         row["skipped_images"] = self.rejected + len(self.skipped)
         self.recorder.write(done, row)
-        losses = "  ".join(f"loss {peer.name} {row[f'loss/{peer.name}']:.3f}" for peer in self.cfg.peers)
+        losses = "  ".join(f"loss {peer.name} {row[f'loss/{peer.name}']:.3f}" for _, peer in self.cfg.trained)
         return {"rate": f"{row['images_per_s']:,.0f} images/s", "note": losses}
 
     def _rate(self, done: int) -> float:
@@ -266,12 +290,21 @@ class Trainer:
         for engine in self.engines:
             average_buffers(engine.module, engine.ranks.group)
             own[f"knn/{engine.name}"] = self.knn.accuracy(engine.features)
+        for teacher in self.teachers:
+            own[f"knn/{teacher.name}"] = self._knn_of(teacher)
         # Each rank has those of its peers; the configuration's order.
         found = {key: value for part in gather_objects(self.ranks, own) for key, value in part.items()}
         row = {key: found[key] for key in (f"knn/{peer.name}" for peer in self.cfg.peers)}
         self.skipped.share()
         if None not in row.values():
             self.recorder.write(done, row)
+
+    def _knn_of(self, teacher: Teacher) -> float | None:
+        """Once: its features do not change."""
+        if teacher.name not in self.taught:
+            assert self.knn is not None
+            self.taught[teacher.name] = self.knn.accuracy(teacher.features, teacher.reader(self.knn.reader))
+        return self.taught[teacher.name]
 
     def _save(self, done: int, folder: str = "checkpoints") -> Path:
         progress = checkpoint.Progress(
@@ -283,15 +316,13 @@ class Trainer:
             checkpoint.prune(path.parent, self.cfg.run.keep_checkpoints)
         return path
 
-    def _stop_non_finite(self, batch: Batch, losses: list[PeerLoss]) -> None:
+    def _stop_non_finite(self, batch: Batch, losses: dict[int, PeerLoss]) -> None:
         checkpoint.set_device_rng(self.rng)
         folder = self._save(batch.step, "non_finite")
         replay = {"views": [view.cpu() for view in batch.views], "indices": batch.indices}
         torch.save(replay, folder / f"batch.rank{self.ranks.rank}.pt")
         barrier(self.ranks)
-        values = ", ".join(
-            f"{peer.name}: {loss.loss.item():g}" for peer, loss in zip(self.cfg.peers, losses, strict=True)
-        )
+        values = ", ".join(f"{self.cfg.peers[i].name}: {loss.loss.item():g}" for i, loss in losses.items())
         raise NonFiniteLoss(
             f"the loss of step {batch.step + 1} is not finite ({values}); the weights that gave it and their batch are "
             f"in {folder}, where run.resume={folder} repeats it; a lower learning rate may help"

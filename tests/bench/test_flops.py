@@ -3,7 +3,7 @@
 import pytest
 
 from bench import flops
-from engine.config import PeerConfig
+from engine.peer_config import PeerConfig
 
 
 def peer(backbone: str, **more) -> dict:

@@ -19,6 +19,7 @@ from engine.data.augment import build_policy
 from engine.engines import build_engines
 from engine.peers import build_peer
 from engine.placement import place
+from engine.schedules import Pace
 from engine.step import Step
 from kernels import reference as oracle
 from ranks import run_ranks
@@ -73,8 +74,8 @@ def side_by_side(seed: int, settings: list[bool]) -> list[list[list[float]]]:
             views = [view.contiguous(memory_format=torch.channels_last) for view in made[i % DIFFERENT]]
             forward = step.forward(views)
             step.backward(forward)
-            step.optimize([peer.optimizer.lr for peer in cfg.peers])
-            own = [loss.loss.item() for loss in forward.losses]
+            step.optimize({i: Pace(peer.optimizer.lr, None) for i, peer in cfg.trained})
+            own = [loss.loss.item() for loss in forward.losses.values()]
             history.append([own, *([loss.item() for loss in of.step(views)] for of in references)])
         return history
     finally:

@@ -69,7 +69,7 @@ def trained(cfg, ranks) -> dict:
     for _ in range(4):
         every = torch.randn(2, BATCH, 3, SIZE, SIZE, generator=generator)
         x, y = every[:, ranks.rank * n : (ranks.rank + 1) * n]
-        loss = ntxent_loss(*engine.embed(x, y), group=ranks.group)
+        loss = ntxent_loss(*engine.embed(x, y).z, group=ranks.group)
         engine.backward(loss)
         engine.step()
         history.append(loss.item())

@@ -34,8 +34,7 @@ def test_overrides_reach_every_kind_of_value(file):
     assert cfg.peers[0].optimizer.lr == 1e-3
     assert cfg.run.steps == 7
     assert cfg.data.augment.preset == "simsiam"
-    assert cfg.distill is not None
-    assert cfg.distill.weights == (100.0, 1.0)
+    assert cfg.weights == (100.0, 1.0)
     assert cfg.engine.deepspeed == {"zero_optimization": {"overlap_comm": False}}
     assert (cfg.peers[1].projector.hidden, cfg.peers[1].projector.out) == (64, 32)
     assert (cfg.data.workers, cfg.eval.knn.k) == (0, 3)
@@ -52,7 +51,7 @@ def test_two_peers_distil_by_default_and_one_cannot(file):
     assert load_config(file).distill is not None
     one = "peers=[{name: a, backbone: wrn-10-1}]"
     assert load_config(file, [one]).distill is None
-    with pytest.raises(ConfigError, match="distill: needs two peers to distil between, found one"):
+    with pytest.raises(ConfigError, match="distill: needs two peers or more, found one"):
         load_config(file, [one, "distill.tau=0.1"])
 
 
@@ -81,7 +80,15 @@ def test_a_saved_configuration_reads_back_equal(file, tmp_path):
         ("data.loader=ffcv", "data.loader: found 'ffcv', allowed: 'torchvision', 'dali' or 'resident'"),
         ("peers.5.tau=1", "peers.5.tau: cannot be set here"),
         ("peers.0.optimizer.name=foo", "peers.0.optimizer.name: found 'foo', allowed: 'adam'"),
-        ("peers.0.objective=byol", "peers.0.objective: found 'byol', allowed: 'simclr'"),
+        ("peers.0.objective=byl", "peers.0.objective: found 'byl', allowed: 'simclr', 'simsiam', 'byol', 'mocov2'"),
+        ("peers.0.objective=3", "peers.0.objective: found 3, allowed: a name, or a mapping"),
+        ("peers.0.objective={momentum: 1}", "peers.0.objective: found .*, allowed: a name, or a mapping"),
+        ("peers.0.objective={name: byol, momentm: 1}", "peers.0.objective.momentm: unknown key; did you mean momentum"),
+        ("peers.0.objective={name: byol, momentum: 1.5}", "peers.0.objective.momentum: found 1.5, allowed: less than"),
+        (
+            "peers.0.objective={name: vicreg, queue: 9}",
+            "peers.0.objective.queue: unknown key; allowed: name, invariance, variance, covariance$",
+        ),
         ("run.epochs=3", "exactly one of run.epochs and run.steps is needed .*, found epochs=3 and steps=10"),
         ("run.steps=null", "exactly one of run.epochs and run.steps is needed .*, found neither"),
         ("engine.zero_stage=4", "engine.zero_stage: found 4, allowed: 0, 1, 2 or 3"),
@@ -192,7 +199,7 @@ def test_official_holds_every_number_of_the_official_code():
     assert cfg.data.views == "per_peer"
     assert (cfg.data.batch_size, cfg.data.augment.preset) == (256, "simclr")
     assert cfg.distill is not None
-    assert (cfg.distill.tau, cfg.distill.reduction, cfg.distill.weights) == (0.1, "mean", (100.0, 1.0))
+    assert (cfg.distill.tau, cfg.distill.reduction, cfg.weights) == (0.1, "mean", (100.0, 1.0))
     assert cfg.run.epochs == 1000
     for peer in cfg.peers:
         assert (peer.tau, peer.bn) == (0.5, "per_view")

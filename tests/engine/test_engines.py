@@ -209,7 +209,9 @@ def exact_backward() -> list:
     cfg = config()
     peers = [convert_sync_bn(build_peer(p, image_size=SIZE).double(), ranks) for p in cfg.peers]
     views = [view.double() for view in batches(1, ranks)[0]]
-    losses = peer_losses(cfg, [peers[0](*views[:2]), peers[1](*views[2:])], ranks.group)
+    losses = peer_losses(
+        cfg, [peer.embedded(peer(*views[i : i + 2])) for peer, i in zip(peers, (0, 2), strict=True)], ranks.group
+    )
     for loss in losses:
         loss.loss.backward()
     gradients = [mean_over_ranks(p.grad, ranks.group).numpy() for peer in peers for p in peer.parameters()]
@@ -235,7 +237,7 @@ def no_clipping() -> float:
     engine = build_engines(cfg, place(cfg, ranks, SIZE), SIZE)[0]
     before = engine.weights()
     (views,) = batches(1, ranks)
-    x, y = engine.embed(*views[:2])
+    x, y = engine.embed(*views[:2]).z
     engine.backward((x.sum() + y.sum()) * 100)
     engine.step()
     after = engine.weights()
@@ -253,7 +255,7 @@ def reduced_precision() -> dict:
     cfg = config(engine={"precision": "bf16", "zero_stage": 2})
     engines, history = train(cfg, ranks, 3)
     exact = train(config(engine={"precision": "fp32", "zero_stage": 2}), ranks, 3)[1]
-    embedding = engines[0].embed(*batches(1, ranks)[0][:2])[0]
+    embedding = engines[0].embed(*batches(1, ranks)[0][:2]).z[0]
     features = engines[0].features(batches(1, ranks)[0][0])
     result = {
         "history": history, "exact": exact, "embedding": str(embedding.dtype), "features": str(features.dtype),

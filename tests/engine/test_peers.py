@@ -1,4 +1,4 @@
-"""Backbones, stems, projectors and how views go through BatchNorm."""
+"""Backbones, stems, projectors, what objectives add, and how views go through BatchNorm."""
 
 import pytest
 import torch
@@ -110,3 +110,114 @@ def test_batchnorm_statistics_per_view_or_joint():
     assert (joint(x, y)[0] - z_x).abs().max() > 0.1
     assert per_view.encoder.bn.num_batches_tracked == 4
     assert joint.encoder.bn.num_batches_tracked == 3
+
+
+# -- what objectives add -------------------------------------------------------------------------------------------
+
+
+def kinds(module) -> list[str]:
+    return [type(layer).__name__ for layer in module]
+
+
+@pytest.mark.parametrize(
+    ("objective", "layers", "out"),
+    [
+        ("simclr", ["Linear", "BatchNorm1d", "ReLU", "Linear"], 128),
+        ("simsiam", ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"], 2048),
+        ("byol", ["Linear", "BatchNorm1d", "ReLU", "Linear"], 256),
+        ("mocov2", ["Linear", "ReLU", "Linear"], 128),
+        ("barlow_twins", ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"], 2048),
+        ("vicreg", ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"], 2048),
+    ],
+)
+def test_projectors_of_the_papers(objective, layers, out):
+    module = peer(objective=objective).projector
+    assert kinds(module) == layers
+    linear = [layer for layer in module if isinstance(layer, nn.Linear)]
+    assert linear[-1].out_features == out
+    assert {layer.out_features for layer in linear[:-1]} == {peer(objective=objective).projector[0].out_features}
+    followed = [isinstance(after, nn.BatchNorm1d) for after in [*module, None][1:]]
+    assert all((layer.bias is None) == norm for layer, norm in zip(module, followed, strict=True) if layer in linear)
+
+
+def test_what_a_configuration_says_of_the_projector_wins():
+    module = peer(objective="simsiam", projector={"out": 64, "layers": 2}).projector
+    assert [layer.out_features for layer in module if isinstance(layer, nn.Linear)] == [2048, 64]
+    assert isinstance(module[-1], nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize(("objective", "hidden"), [("simsiam", 512), ("byol", 4096)])
+def test_predictors_of_the_papers(objective, hidden):
+    small = {"hidden": 16, "out": 24}
+    made = peer(objective=objective, projector=small).predictor
+    assert kinds(made) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert (made[0].in_features, made[0].out_features, made[0].bias) == (24, hidden, None)
+    assert (made[3].in_features, made[3].out_features) == (hidden, 24)
+    assert made[3].bias is not None
+
+
+SMALL = {"hidden": 16, "out": 8, "layers": 2}
+
+
+@pytest.mark.parametrize("bn", ["per_view", "joint"])
+@pytest.mark.parametrize("graph", [None, 3])
+@pytest.mark.parametrize("objective", ["simclr", "simsiam", "byol", "mocov2"])
+def test_outputs_by_name(objective, graph, bn):
+    torch.manual_seed(0)
+    setting = {"name": "mocov2", "queue": 12} if objective == "mocov2" else objective
+    cfg = PeerConfig(name="a", backbone="wrn-10-1", objective=setting, projector=SMALL, bn=bn)
+    made = build_peer(cfg, image_size=32, graph=graph)
+    x, y = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32) * 2 + 1
+    found = made.embedded(made(x, y))
+    if bn == "joint":
+        z = made.projector(made.encoder(torch.cat((x, y)))).chunk(2)
+    else:
+        z = tuple(made.projector(made.encoder(view)) for view in (x, y))
+    torch.testing.assert_close(found.z, z)
+    if objective in ("simsiam", "byol"):
+        p = made.predictor(torch.cat(z)).chunk(2) if bn == "joint" else tuple(map(made.predictor, z))
+        torch.testing.assert_close(found.p, p)
+        assert found.student is found.p
+    else:
+        assert (found.p, found.graph_p) == (None, None)
+        assert found.student is found.z
+    if graph is None:
+        assert (found.graph_z, found.graph_p) == (None, None)
+    else:
+        torch.testing.assert_close(found.graph_z, tuple(map(made.graph, found.z)))
+        if found.p is not None:
+            torch.testing.assert_close(found.graph_p, tuple(map(made.graph, found.p)))
+    if objective in ("byol", "mocov2"):
+        torch.testing.assert_close(found.k, tuple(view.detach() for view in found.z))  # a copy, at first
+        assert not any(view.requires_grad for view in found.k)
+    else:
+        assert found.k is None
+    assert (None if found.queue is None else found.queue.shape) == ((12, 8) if objective == "mocov2" else None)
+
+
+def test_the_momentum_network_follows():
+    """target <- m target + (1 - m) peer, weights alone: its BatchNorm statistics are those of its own passes."""
+    made = peer(objective="byol", projector=SMALL)
+    before = {key: value.clone() for key, value in made.target.state_dict().items()}
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p)
+    made(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32))
+    made.follow(torch.tensor(0.1))
+    online = {**{f"0.{k}": v for k, v in made.encoder.named_parameters()},
+              **{f"1.{k}": v for k, v in made.projector.named_parameters()}}  # fmt: skip
+    moved = dict(made.target.named_parameters())
+    assert online.keys() == moved.keys()
+    for key, value in moved.items():
+        torch.testing.assert_close(value, 0.9 * before[key] + 0.1 * online[key])
+        assert not value.requires_grad
+    assert made.target[0].bn.num_batches_tracked == 2
+    assert (made.target[0].bn.running_mean != made.encoder.bn.running_mean).any()
+
+
+def test_a_queue_starts_with_unit_rows():
+    made = peer(objective={"name": "mocov2", "queue": 50}, projector=SMALL).queue
+    torch.testing.assert_close(made.keys.norm(dim=1), torch.ones(50))
+    assert made.keys.std(dim=0).min() > 0.2, "they differ"
+    assert made.position == 0

@@ -13,6 +13,7 @@ from engine.data.augment import build_policy
 from engine.data.dataset import ArrayDataset
 from engine.data.skipped import SkippedImages
 from engine.data_config import AugmentConfig, DataConfig
+from engine.features import Reader
 from engine.probe import KnnProbe, knn_accuracy
 from ranks import run_ranks
 
@@ -61,9 +62,8 @@ def accuracy_of_one_rank(bank: int | None) -> tuple[float | None, int]:
     ranks = distributed.start()
     probe.open_split = lambda cfg, split: data(70 if split == "bank" else 31, 0 if split == "bank" else 1)
     policy = build_policy(AugmentConfig(), 32)
-    measured = KnnProbe(
-        DataConfig(), KnnConfig(k=5, bank=bank), policy, workers=0, ranks=ranks, skipped=SkippedImages(ranks)
-    )
+    reader = Reader(32, policy.statistics, 0, ranks, SkippedImages(ranks))
+    measured = KnnProbe(DataConfig(), KnnConfig(k=5, bank=bank), reader)
     calls = []
 
     def features(images):
@@ -99,7 +99,7 @@ def test_unreadable_images_stay_out_of_the_score(alone, tmp_path, caplog):
             Image.fromarray(rng.integers(0, 60, (32, 32, 3)).astype(np.uint8) + 150 * (i % 2)).save(path)
     policy = build_policy(AugmentConfig(), 32)
     skipped = SkippedImages(alone)
-    measured = KnnProbe(folder_at(tmp_path), KnnConfig(k=1), policy, workers=0, ranks=alone, skipped=skipped)
+    measured = KnnProbe(folder_at(tmp_path), KnnConfig(k=1), Reader(32, policy.statistics, 0, alone, skipped))
     for i in (0, 2, 4):  # after the scan, which would have left them out
         path = tmp_path / "val" / "a" / f"{i}.png"
         path.write_bytes(path.read_bytes()[:-300])
@@ -117,5 +117,6 @@ def test_data_without_labels_has_no_accuracy(alone, image_folder, tmp_path):
     for i, path in enumerate(sorted(image_folder.glob("class0/*.png"))[:4]):
         (tmp_path / f"{i}.png").write_bytes(path.read_bytes())
     policy = build_policy(AugmentConfig(), 32)
-    measured = KnnProbe(folder_at(tmp_path), KnnConfig(), policy, workers=0, ranks=alone, skipped=SkippedImages(alone))
+    reader = Reader(32, policy.statistics, 0, alone, SkippedImages(alone))
+    measured = KnnProbe(folder_at(tmp_path), KnnConfig(), reader)
     assert measured.accuracy(lambda images: images.flatten(1)) is None
