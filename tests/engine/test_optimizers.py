@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
 
 from engine import engines, optimizers
-from engine.config import ConfigError, OptimizerConfig, parse_config
+from engine.config import ConfigError, parse_config
+from engine.optimizer_config import OptimizerConfig
 from engine.optimizers import (
     base_rate,
     build_optimizer,
