@@ -11,7 +11,8 @@ The definition stands in reference_distill.py.  For each view by itself, with Fr
     d|A| / ds = A t / |A|        d|B| / ds = -2 B s / |B|,  since B is symmetric
 
 so that a row's gradient takes that row of A and B alone: a rank works off its own rows and exchanges nothing for
-gradients.  The norms are known when the last strip is done: rows A t and B s are kept, and scaled then.
+gradients.  The norms are known when the last strip is done: rows A t and B s are kept, and scaled then.  Being sums of
+rows without mean they have none, so that the way back through the means is the identity.
 """
 
 from __future__ import annotations
@@ -128,8 +129,7 @@ def _compute(
     inverse = norms.reciprocal().masked_fill_(norms == 0, 0)[..., None, None]
     pulls.mul_(inverse)
     gradient = pulls[0].sum(dim=0).mul_(node * world / count).add_(pulls[1].sum(dim=0), alpha=-2 * edge * world / count)
-    gradient = strips.through_unit_rows(gradient, units[0])
-    return loss, gradient.sub_(gradient.mean(dim=2, keepdim=True))
+    return loss, strips.through_unit_rows(gradient, units[0])
 
 
 # -- operator ------------------------------------------------------------------------------------------------------
