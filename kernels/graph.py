@@ -11,8 +11,7 @@ The definition stands in reference_distill.py.  For each view by itself, with Fr
     d|A| / ds = A t / |A|        d|B| / ds = -2 B s / |B|,  since B is symmetric
 
 so that a row's gradient takes that row of A and B alone: a rank works off its own rows and exchanges nothing for
-gradients.  The norms are known when the last strip is done: rows A t and B s are kept, and scaled then.  Being sums of
-rows without mean they have none, so that the way back through the means is the identity.
+gradients.  The norms are known when the last strip is done: rows A t and B s are kept, and scaled then.
 """
 
 from __future__ import annotations

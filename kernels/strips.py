@@ -60,7 +60,10 @@ def unit_rows(x: Tensor, y: Tensor, *, centred: bool = False) -> Unit:
 
 
 def through_unit_rows(gradient: Tensor, unit: Unit) -> Tensor:
-    """The gradient [2, n, D] of the raw views from that of their unit rows, in place: (g - (g.u) u) / |x|."""
+    """The gradient [2, n, D] of the raw views from that of their unit rows, in place: (g - (g.u) u) / |x|.
+
+    Of centred rows where g has no mean over D, as a sum of centred rows has none: taking the mean out changes nothing.
+    """
     along = (gradient * unit.rows).sum(dim=2, keepdim=True)
     return gradient.addcmul_(along, unit.rows, value=-1).mul_(unit.inverse_norm)
 
