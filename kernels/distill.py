@@ -107,14 +107,11 @@ def _computed(
     losses, shares = {}, {}
     rest = [i for i in range(len(terms)) if not fused[i]]
     if rest:
-        for i, loss, share in zip(
-            rest, *distill_tiled.distill(views, [terms[i] for i in rest], settings, group), strict=True
-        ):
-            losses[i], shares[i] = loss, share
-    for i, (student, teachers) in enumerate(terms):
+        found, counted = distill_tiled.distill(views, [terms[i] for i in rest], settings, group)
+        losses, shares = dict(zip(rest, found, strict=True)), dict(zip(rest, counted, strict=True))
+    for i, (student, (teacher, *_)) in enumerate(terms):
         if i in losses:
             continue
-        teacher = teachers[0]
         # One call serves both directions.
         mirrored = [k for k in range(i + 1, len(terms)) if k not in losses and terms[k] == (teacher, (student,))][:1]
         x, y = views[teacher]

@@ -60,7 +60,7 @@ class Strip:
         return self._exps[networks]
 
     def _log_softmax(self, network: int) -> Tensor:
-        logits = (self.rows[network] / self.tau) @ self.columns[network].T
+        logits = (self.rows[network] @ self.columns[network].T).div_(self.tau)
         if self.self_column is not None:
             logits.diagonal(self.self_column).fill_(LEFT_OUT)
         return logits.log_softmax(dim=1)

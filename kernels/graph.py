@@ -128,8 +128,7 @@ def _compute(
     inverse = norms.reciprocal().masked_fill_(norms == 0, 0)[..., None, None]
     pulls.mul_(inverse)
     gradient = pulls[0].sum(dim=0).mul_(node * world / count).add_(pulls[1].sum(dim=0), alpha=-2 * edge * world / count)
-    gradient = strips.through_unit_rows(gradient, units[0])
-    return loss, gradient.sub_(gradient.mean(dim=2, keepdim=True))
+    return loss, strips.through_unit_rows(gradient, units[0])
 
 
 # -- operator ------------------------------------------------------------------------------------------------------

@@ -125,6 +125,6 @@ def centre(x: Tensor) -> Tensor:
     # By the largest entry first, whose sum over D may overflow; normalising takes any factor out again.
     scale = x.detach().abs().amax(dim=1, keepdim=True)
     x = x / scale.where(scale != 0, torch.ones_like(scale))
-    # Rounding would leave something of a constant row, which normalising would make a direction.
+    # What rounding leaves of a constant row, normalising would make a direction; and its gradient is zero.
     constant = x.detach().amax(dim=1, keepdim=True) == x.detach().amin(dim=1, keepdim=True)
     return (x - x.mean(dim=1, keepdim=True)).where(~constant, torch.zeros_like(x))

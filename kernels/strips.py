@@ -20,13 +20,13 @@ from kernels.collectives import gather_rows
 
 STRIP_BYTES = 256 * 2**20  # of all matrices of one strip together; as in passes_triton.py, enough to fill a GPU
 # On a CPU rows of a strip at most.  Milliseconds by rows of KL both ways between two networks of width 128, float32, on
-# one and on two cores (Xeon with AVX-512, 2 MiB of L2 cache a core; waiting threads sleep, which costs the second):
-#             32         128        256        512        1024
-#   N = 256   2.3  12    1.9  5.7   1.8  4.7
-#   N = 1024   22  51     18   26    17   21    21   18    25   19
-#   N = 4096  312 469    254  243   272  184   303  176   338  215
+# one core and on two that other work shared (Xeon with AVX-512, 2 MiB of L2 cache a core, threads that wait asleep):
+#             32          64          128         192         256         512         1024
+#   N = 256   2.4   3.1   2.0   2.6   2.0   2.3   2.0   2.4   2.0   2.3
+#   N = 1024   23    56    19    38    19    30    19    26    20    28    22    27    26    30
+#   N = 4096  305   457   268   350   255   312   263   315   311   333   383   351   369   358
 # Fewer rows read all columns more often, more leave the caches.
-CPU_ROWS = 256
+CPU_ROWS = 192
 FEWEST_ROWS = 32  # of a strip, whatever its bytes: fewer cost more than they save
 
 
@@ -48,6 +48,7 @@ def unit_rows(x: Tensor, y: Tensor, *, centred: bool = False) -> Unit:
     z.div_(scale.masked_fill_(scale == 0, 1))
     constant = z.amax(dim=2, keepdim=True) == z.amin(dim=2, keepdim=True) if centred else None
     if constant is not None:
+        # Set to zero, since a mean that a GPU takes by the reciprocal of D may miss the entries.
         z.sub_(z.mean(dim=2, keepdim=True)).masked_fill_(constant, 0)
     norm = torch.linalg.vector_norm(z, dim=2, keepdim=True)
     norm.masked_fill_(norm == 0, 1e-12)
@@ -59,7 +60,10 @@ def unit_rows(x: Tensor, y: Tensor, *, centred: bool = False) -> Unit:
 
 
 def through_unit_rows(gradient: Tensor, unit: Unit) -> Tensor:
-    """The gradient [2, n, D] of the raw views from that of their unit rows, in place: (g - (g.u) u) / |x|."""
+    """The gradient [2, n, D] of the raw views from that of their unit rows, in place: (g - (g.u) u) / |x|.
+
+    Of centred rows where g has no mean over D, as a sum of centred rows has none: taking the mean out changes nothing.
+    """
     along = (gradient * unit.rows).sum(dim=2, keepdim=True)
     return gradient.addcmul_(along, unit.rows, value=-1).mul_(unit.inverse_norm)
 

@@ -75,17 +75,6 @@ def test_memory_is_bounded(divergence, rows, symmetric, partition, monkeypatch):
     assert N * N * 4 > 500_000, "a whole matrix would not fit"
 
 
-def test_strips_of_many_columns_keep_some_rows():
-    like = torch.empty(0)
-    assert list(strips.strips(64, 10**8, 10, like)) == [(0, 32), (32, 64)]
-    assert list(strips.strips(600, 600, 10, like)) == [(0, 200), (200, 400), (400, 600)]
-    assert list(strips.strips(3, 3, 10, like)) == [(0, 3)]
-    pieces = list(strips.strips(10_000, 40_000, 7, torch.empty(0, device="meta")))
-    assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
-    assert pieces[-1][1] == 10_000
-    assert max(end - begin for begin, end in pieces) * 40_000 * 4 * 7 <= strips.STRIP_BYTES
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_nothing_waits_for_the_device(device):
     """Tensors without data: whatever asked for a value would fail, and so would a tensor on another device."""
