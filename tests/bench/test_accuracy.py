@@ -17,6 +17,7 @@ from bench.accuracy_runs import LEAST_S, Clock, OutOfTime
 from bench.rows import ROW_KEYS
 from engine.config import parse_config
 from engine.data.dataset import DataError
+from engine.distill_config import DistillConfig
 from engine.evaluation import Score
 from engine.trainer import NonFiniteLoss
 from ranks import run_ranks
@@ -91,7 +92,7 @@ def test_arms_differ_in_the_distillation_alone(name, tmp_path):
     jobs = [Job(name, arm, 1, (unit, count), ()) for arm in ARMS]
     plain = [job.config(tmp_path, root=Path("x"), max_seconds=None).resolved() for job in jobs]
     for one, arm in zip(plain, ARMS, strict=True):
-        assert one.pop("distill") == {"weight": arm.weight, "tau": arm.tau, "reduction": "batchmean"}
+        assert one.pop("distill") == DistillConfig(weight=arm.weight, tau=arm.tau).model_dump()
         assert one["run"].pop("output_dir").endswith(f"{arm.folder}/seed1")
         assert (one["run"]["save_every_steps"], one["run"]["keep_checkpoints"]) == (1000, 1)
         assert one["data"]["root"] == "x" and one["run"]["seed"] == 1 and one["run"][unit] == count

@@ -82,8 +82,12 @@ def test_what_is_refused(settings):
 @pytest.mark.parametrize(
     ("engine", "peers", "message"),
     [
-        ({"concurrency": "split"}, 1, "engine.concurrency: split takes two peers, found one; use serial"),
-        ({"concurrency": "streams"}, 1, "engine.concurrency: streams takes two peers, found one; use serial"),
+        ({"concurrency": "split"}, 1, "engine.concurrency: split takes two peers that train, found one; use serial"),
+        (
+            {"concurrency": "streams"},
+            1,
+            "engine.concurrency: streams takes two peers that train, found one",
+        ),
         ({"split": [1, 1]}, 2, r"engine.split: \[1, 1\] with engine.concurrency=auto, which splits nothing; unset it"),
         ({"concurrency": "split", "split": [0, 2]}, 2, "engine.split.0: found 0, allowed: greater than 0"),
         ({"concurrency": "streams", "zero_stage": 3}, 2, "engine.concurrency: streams takes engine.zero_stage 0 to 2"),
