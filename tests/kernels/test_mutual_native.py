@@ -43,7 +43,9 @@ def check_against_formula(exact, tau_contrast=0.5, tau_distill=0.1, weights=(0.4
     # A single plain result may be exact by luck; a few roundings of float32 are granted.
     floor = 3e-7 + 3e-8 / min(tau_contrast, tau_distill)
     for f, p, w in zip(found, plain, wanted, strict=True):
-        assert abs(f.double() - w) <= 2 * abs(p.double() - w) + floor * max(1e-3, abs(w.item()))
+        # 1.2e-7: values are differences of logarithms of order one, whose last digit that is.  With few rows nothing
+        # averages it out: up to 8.8e-8 in 2,500 random problems of 2 to 4 images.
+        assert abs(f.double() - w) <= 2 * abs(p.double() - w) + floor * abs(w.item()) + 1.2e-7
     upstream = 1.7, -0.6
 
     def gradients(losses, z):
