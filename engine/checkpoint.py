@@ -19,7 +19,7 @@ import pickle
 import random
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Progress:
     """Thereof training, without evaluation and checkpoints."""
     split: tuple[int, int] | None = None
     """Ranks of each peer where the peers were split between them."""
+    teachers: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the weights of frozen peers, by their names."""
 
 
 def save(root: Path, progress: Progress, engines: list[PeerEngine], cfg: Config, ranks: Ranks) -> Path:
@@ -107,10 +109,11 @@ def _commit(partial: Path, final: Path, progress: Progress, cfg: Config, ranks: 
 
 
 def check_fits(
-    folder: Path, progress: Progress, *, steps: int, data: str, loader: str, split: tuple[int, int] | None
-) -> None:
-    """Raises CheckpointError: the run would end before this checkpoint, or data set, loader or the ranks that its peers
-    are split between are not its own.
+    folder: Path, progress: Progress, *, steps: int, data: str, loader: str, split: tuple[int, int] | None,
+    teachers: dict[str, str],
+) -> None:  # fmt: skip
+    """Raises CheckpointError: the run would end before this checkpoint, or data set, loader, the ranks that its peers
+    are split between or the weights of its teachers are not its own.
     """
     if progress.step > steps:
         raise CheckpointError(
@@ -126,6 +129,12 @@ def check_fits(
         raise CheckpointError(
             f"{folder}: made by ranks of which {_described(progress.split)}; in this run {_described(split)} "
             "(engine.concurrency, engine.split); use the same, or give another run.output_dir for a new run"
+        )
+    if progress.teachers != teachers:
+        changed = sorted(name for name in teachers if teachers[name] != progress.teachers.get(name))
+        raise CheckpointError(
+            f"{folder}: made with other weights of the frozen {', '.join(changed)} (peers.*.frozen.weights); "
+            "restore the file, or give another run.output_dir for a new run"
         )
     if progress.loader != loader:
         raise CheckpointError(

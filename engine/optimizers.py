@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.config import Config, ConfigError
 from engine.optimizer_config import OptimizerConfig
+from engine.schedules import Pace, momentum_at
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
@@ -212,6 +213,15 @@ def learning_rate(cfg: OptimizerConfig, step: int, *, steps: int, steps_per_epoc
             return base * cfg.gamma ** sum(step >= round(epoch * steps_per_epoch) for epoch in cfg.milestones)
         case _:
             return base
+
+
+def paces(cfg: Config, step: int, *, steps: int, steps_per_epoch: int) -> dict[int, Pace]:
+    """Learning rate and momentum in `step` of each peer that trains, by its place in the configuration."""
+    length = {"steps": steps, "steps_per_epoch": steps_per_epoch, "batch_size": cfg.data.batch_size}
+    return {
+        i: Pace(learning_rate(peer.optimizer, step, **length), momentum_at(peer.objective, step, steps=steps))
+        for i, peer in cfg.trained
+    }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Sequence
+from functools import cached_property
 
 import timm
 import torch
@@ -37,11 +40,21 @@ class Teacher:
         alike = policy.statistics == encoder.statistics
         self._affine = None if alike else (std / own_std, (mean - own_mean) / own_std)
         self._bank: _Bank | None = None
+        self.note = ""  # on what `remember` did
 
     @property
     def width(self) -> int:
         """F."""
         return self.encoder.width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for key, value in self.module.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -71,12 +84,23 @@ class Teacher:
         """Computes the features of all images, the work shared by the ranks, and keeps them in the host's memory; a
         batch has `rows` of them on this rank.
         """
+        began = time.monotonic()
         self._bank = _Bank(self.reader(reader).every(dataset, self.features), rows, self.ranks.device)
+        self.note = f"; features of {len(dataset):,} images in {time.monotonic() - began:.0f} s"
 
     def take(self, indices: Tensor) -> None:
         """From here on `embed` gives the features of these images [n], at the same place in memory in every step."""
         if self._bank is not None:
             self._bank.take(indices)
+
+
+def describe_teachers(teachers: Sequence[Teacher]) -> list[str]:
+    """A line for each: what it is."""
+    return [
+        f"peer {teacher.name} is frozen: {teacher.encoder.backbone}, {teacher.width} features of "
+        f"{'images as they are' if teacher.plain else 'augmented views'}{teacher.note}"
+        for teacher in teachers
+    ]
 
 
 class _Bank:

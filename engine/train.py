@@ -26,6 +26,7 @@ from engine.optimizers import describe_scaling
 from engine.placement import describe_placement
 from engine.run_dir import describe_summary
 from engine.step import describe_capture
+from engine.teacher import describe_teachers
 from engine.trainer import NonFiniteLoss, Trainer
 
 BAD_INPUT = 2  # exit code: the user's configuration, data or checkpoint
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = distributed.start()
         trainer = Trainer(cfg, ranks)
         if first:
-            lines = [*describe_scaling(cfg), *describe_placement(cfg, trainer.placement)]
+            lines = [*describe_scaling(cfg), *describe_teachers(trainer.teachers)]
+            lines += describe_placement(cfg, trainer.placement)
             lines += [*describe_capture(cfg, ranks), *trainer.profiler.notes]
             print("".join(f"{line}\n" for line in lines), end="", flush=True)
         summary = trainer.fit()

@@ -34,12 +34,12 @@ from engine.engines import build_engines, precision_of
 from engine.features import Reader
 from engine.metrics import Meters, Recorder, Stopwatch, collapse_indicators, plot_run, progress_bar
 from engine.objectives import PeerLoss
-from engine.optimizers import learning_rate
+from engine.optimizers import paces
 from engine.peers import Embedded
 from engine.placement import place
 from engine.probe import KnnProbe
 from engine.profile import OUTSIDE, StepProfiler, part
-from engine.schedules import Pace, momentum_at, ramp_share
+from engine.schedules import Pace, ramp_share
 from engine.step import WARM_UP, CapturedStep, Finite, Step, build_step, captures, viewers
 from engine.teacher import Teacher, build_teachers
 
@@ -117,8 +117,11 @@ class Trainer:
         if self.resume_point is not None:
             checkpoint.check_fits(
                 *self.resume_point, steps=self.steps, data=self.data, loader=self.loader.fingerprint(),
-                split=self.placement.sizes,
+                split=self.placement.sizes, teachers=self._fingerprints(),
             )  # fmt: skip
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {teacher.name: teacher.fingerprint for teacher in self.teachers}
 
     def _loader_options(self) -> dict[str, Any]:
         if self.cfg.data.loader != "resident":
@@ -217,17 +220,7 @@ class Trainer:
         return self._after(batch.step + 1, forward.embedded)
 
     def _paces(self, step: int) -> dict[int, Pace]:
-        """Learning rate and momentum of each peer that trains."""
-        return {
-            i: Pace(
-                learning_rate(
-                    peer.optimizer, step,
-                    steps=self.steps, steps_per_epoch=self.order.steps_per_epoch, batch_size=self.cfg.data.batch_size,
-                ),
-                momentum_at(peer.objective, step, steps=self.steps),
-            )
-            for i, peer in self.cfg.trained
-        }  # fmt: skip
+        return paces(self.cfg, step, steps=self.steps, steps_per_epoch=self.order.steps_per_epoch)
 
     def _share(self, step: int) -> float:
         """Of the weights of distillation."""
@@ -267,10 +260,10 @@ class Trainer:
 
     def _log(self, done: int, embedded: list[Embedded]) -> dict[str, Any]:
         row: dict[str, float] = {"epoch": done / self.order.steps_per_epoch, **self.meters.read()}
-        paces = self._paces(done - 1)
+        pace = self._paces(done - 1)
         for i, peer in self.cfg.trained:
             row.update({f"{key}/{peer.name}": float(v) for key, v in collapse_indicators(embedded[i].z[0]).items()})
-            row[f"lr/{peer.name}"] = paces[i].rate
+            row[f"lr/{peer.name}"] = pace[i].rate
         row["images_per_s"] = self._rate(done)
         self.skipped.share()
         row["skipped_images"] = self.rejected + len(self.skipped)
@@ -310,6 +303,7 @@ class Trainer:
         progress = checkpoint.Progress(
             step=done, data=self.data, loader=self.loader.fingerprint(),
             seconds=self.wall.read(), train_seconds=self.training.read(), split=self.placement.sizes,
+            teachers=self._fingerprints(),
         )  # fmt: skip
         path = checkpoint.save(self.folder / folder, progress, self.engines, self.cfg, self.ranks)
         if self.ranks.is_first:

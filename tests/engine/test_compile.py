@@ -1,11 +1,14 @@
 """Peers through torch.compile: no graph breaks, the same numbers, BatchNorm over ranks included."""
 
+import copy
+
 import pytest
 import torch
 
 from engine import distributed
 from engine.config import ConfigError, parse_config
 from engine.engines import build_engines
+from engine.peer_config import PeerConfig
 from engine.peers import build_peer
 from engine.placement import place
 from kernels import mutual_loss, ntxent_loss, similarity_kl
@@ -35,6 +38,20 @@ def test_a_peer_is_one_graph(backbone):
     size = 160 if backbone == "test_vit" else 32
     peer = build_peer(config(backbone).peers[0], image_size=size)
     assert breaks(peer.embedding, torch.randn(4, 3, size, size)) == (0, 1)
+
+
+@pytest.mark.parametrize("objective", ["byol", "simsiam"])
+def test_what_objectives_add_is_in_the_graph(objective):
+    peer = build_peer(PeerConfig(name="a", backbone="wrn-10-1", objective=objective), image_size=SIZE, graph=8)
+    images = torch.randn(4, 3, SIZE, SIZE)
+    assert breaks(peer.embedding, images) == (0, 1)
+    if peer.target is not None:
+        with torch.no_grad():
+            assert breaks(peer.target_embedding, images) == (0, 1)
+    x, y = images, images.flip(0)
+    expected = copy.deepcopy(peer)(x, y)
+    peer.compile_embedding()
+    torch.testing.assert_close(peer(x, y), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", [mutual_loss, similarity_kl, lambda x, y, *_: ntxent_loss(x, y)])

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from engine import distributed
+from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, parse_config
 from engine.export import export_backbone
 from engine.peers import build_backbone
@@ -212,14 +213,34 @@ def test_an_exported_backbone_teaches_the_next_run(settings, tmp_path):
     config_file = tmp_path / "run.yaml"
     config_file.write_text(json.dumps(settings))
     printed = run_ranks(command, 1, config_file)[0]
+    assert "peer t is frozen: wrn-10-2, 128 features of augmented views" in printed
     assert "peer t (wrn-10-2): kNN" in printed
+
+
+@pytest.mark.slow
+def test_a_run_with_a_teacher_resumes_with_the_same_weights_alone(settings, teacher, tmp_path):
+    file = tmp_path / "own.safetensors"
+    weights = load_file(teacher)
+    save_file(weights, file)
+    settings["peers"] = [peer("a", "byol"), frozen(file, views="plain")]
+    settings["peers"][0]["objective"]["momentum_schedule"] = "constant"  # which lets a run become longer
+    run_ranks(fit, 1, settings)
+    settings["run"]["steps"] = 6
+    found = run_ranks(fit, 1, settings)[0]
+    assert found["steps"] == 6
+    settings["run"]["steps"] = 8
+    save_file({**weights, "conv1.weight": weights["conv1.weight"] * 1.01}, file)
+    message = run_ranks(refused, 1, settings)[0]
+    assert re.search(
+        r"step_00000006: made with other weights of the frozen t \(peers.*frozen.weights\); restore", message
+    )
 
 
 def refused(plain: dict[str, Any]) -> str:
     ranks = distributed.start()
     try:
         Trainer(parse_config(plain), ranks)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         return str(error)
     finally:
         distributed.stop()
