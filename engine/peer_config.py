@@ -68,7 +68,10 @@ class PeerConfig(Section):
     def _has_a_temperature(cls, value: float | None, info: ValidationInfo) -> float | None:
         objective = info.data.get("objective")
         if objective is not None and value is not None and objective.name not in TAUS:
-            raise ValueError(f"found {value}, but {objective.name} has no temperature, allowed with: {', '.join(TAUS)}")
+            raise ValueError(
+                f"found {value}, but {objective.name} has no temperature, allowed with: {', '.join(TAUS)} (null unsets "
+                "it)"
+            )
         return value
 
     @property
