@@ -44,6 +44,7 @@ check: setup  ## ruff, mypy and clang-format
 
 bench: setup  ## the microbenchmarks that this machine can run; PHOTOS=FOLDER for the loaders too
 	$(BIN)/python -m bench loss
+	$(BIN)/python -m bench terms
 	$(BIN)/python -m bench optimizer
 	$(BIN)/python -m bench augment
 	$(BIN)/python -m bench budgets
@@ -56,6 +57,7 @@ gpu: setup  ## GPU tests, then the benchmarks; rows under bench/results; PHOTOS=
 	$(BIN)/python -m pytest tests/kernels tests/engine tests/bench -m gpu
 	$(BIN)/python -m pytest tests/kernels -m 'not gpu and not slow'
 	$(BIN)/python -m bench loss --quick
+	$(BIN)/python -m bench terms --quick
 	$(BIN)/python -m bench optimizer --quick
 	$(BIN)/python -m bench augment --quick
 	$(BIN)/python -m bench probe --rounds 1

@@ -8,6 +8,7 @@ import sys
 # Each module has `main(argv) -> exit status`, and is imported only when asked for.
 SUBJECTS = {
     "loss": "time and peak memory of the losses against plain PyTorch and other libraries",
+    "terms": "time and peak memory of losses of one network and of distillation terms against plain PyTorch",
     "augment": "all views of a batch against kornia, torchvision and a copy; and the loaders of small images",
     "data": "source images a second of the loaders, on real photos",
     "parity": "the kNN that short runs reach with either loader",

@@ -15,17 +15,20 @@ Work in FLOP / (M^2 D), both peers, forward and backward together (this project'
                               for two different towers: it recomputes the matrix for each one's gradient
   inf-cl            4 + 16    cal_inf_loss of z against z, labels at the other view: selfish exactly.  Backward is two
                               kernels that recompute the matrix each
+
+Losses of one network and distillation terms, in plain PyTorch alone, stand at the end; their callers are in terms.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TAU_CONTRAST, TAU_DISTILL = 0.5, 0.1
+TAU_CONTRAST, TAU_DISTILL, TAU_QUEUE = 0.5, 0.1, 0.2
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 PeerLoss = Callable[[Tensor, Tensor], Tensor]
@@ -191,3 +194,97 @@ def _refuse_mutual(loss: str) -> None:
 def _need_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         raise Unavailable("runs on GPUs only")
+
+
+# -- losses of one network, and distillation terms, by autograd over whole matrices --------------------------------
+
+
+def eager_moco(q_x: Tensor, q_y: Tensor, k_x: Tensor, k_y: Tensor, queue: Tensor) -> Tensor:
+    """MoCo v2 at tau 0.2, each view's queries with the other's keys: positives in front of the queue, target 0."""
+    q, k = normalized(q_x, q_y), normalized(k_y, k_x)
+    logits = torch.cat(((q * k).sum(1, keepdim=True), q @ queue.T), dim=1)
+    return F.cross_entropy(logits / TAU_QUEUE, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def _off_diagonal_squares(matrix: Tensor) -> Tensor:
+    itself = torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)
+    return matrix.masked_fill(itself, 0).square().sum()
+
+
+def eager_barlow_twins(x: Tensor, y: Tensor) -> Tensor:
+    """Both views through BatchNorm without parameters; their product; weight 0.005 off its diagonal."""
+    u, v = (F.batch_norm(z, None, None, training=True) for z in (x, y))
+    correlation = u.T @ v / len(x)
+    return (1 - correlation.diagonal()).square().sum() + 0.005 * _off_diagonal_squares(correlation)
+
+
+def eager_vicreg(x: Tensor, y: Tensor) -> Tensor:
+    """Distance of the views, and of each its standard deviations and its covariance; weights 25, 25, 1."""
+    loss = 25 * F.mse_loss(x, y)
+    for z in (x, y):
+        centred = z - z.mean(0)
+        covariance = centred.T @ centred / (len(z) - 1)
+        lacking = F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
+        loss = loss + 25 * lacking + _off_diagonal_squares(covariance) / z.shape[1]
+    return loss
+
+
+def _log_distribution(x: Tensor, y: Tensor, rows: str, symmetric: bool) -> Tensor:
+    """log P of all rows: [N, N], symmetric [2N, N] with those over the other axis, rows `all` [2N, 2N]."""
+    if rows == "all":
+        cosine = _cosine(x, y)
+        itself = torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)
+        cosine = cosine.masked_fill(itself, -1e9)  # finite, since the divergences subtract logarithms
+    else:
+        cosine = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+        cosine = torch.cat((cosine, cosine.T)) if symmetric else cosine
+    return (cosine / TAU_DISTILL).log_softmax(1)
+
+
+def _row_divergence(log_p: Tensor, log_q: Tensor, divergence: str) -> Tensor:
+    def kl(log_of: Tensor, log_from: Tensor) -> Tensor:  # KL(of || from)
+        return F.kl_div(log_from, log_of, reduction="none", log_target=True).sum(1)
+
+    if divergence == "kl":
+        return kl(log_q, log_p)
+    if divergence == "reverse_kl":
+        return kl(log_p, log_q)
+    if divergence == "jeffreys":
+        return (kl(log_q, log_p) + kl(log_p, log_q)) / 2
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+
+
+def eager_distillation(
+    views: Sequence[tuple[Tensor, Tensor]],  # of each network
+    terms: Sequence[tuple[int, Sequence[int]]],  # student, teachers
+    *,
+    divergence: str = "kl",
+    rows: str = "cross_view",
+    symmetric: bool = False,
+    partition: bool = False,
+) -> tuple[Tensor, ...]:
+    """`similarity_distillation` at tau 0.1 from whole matrices of logarithms, one a network."""
+    logs = [_log_distribution(x, y, rows, symmetric) for x, y in views]
+    losses = []
+    for student, (teacher, *others) in terms:
+        log_p, log_q = logs[student], logs[teacher].detach()
+        if others:
+            taught = torch.stack([log_q, *(logs[other].detach() for other in others)])
+            log_q = taught.logsumexp(0) - math.log(len(taught))
+        distance = _row_divergence(log_p, log_q, divergence)
+        if partition:
+            distance = distance * (log_q.amax(1) > log_p.amax(1))
+        losses.append(distance.mean())
+    return tuple(losses)
+
+
+def eager_graph(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """Embedding graph alignment with the weights 0.8 of nodes and 0.24 of edges, the mean over both views."""
+    loss = student[0].new_zeros(())
+    for own, other in zip(student, teacher, strict=True):
+        s, t = (F.normalize(z - z.mean(1, keepdim=True), dim=1) for z in (own, other.detach()))
+        nodes = s @ t.T - torch.eye(len(s), device=s.device)
+        edges = t @ t.T - s @ s.T
+        loss = loss + (0.8 * nodes.norm() + 0.24 * edges.norm()) / 2
+    return loss

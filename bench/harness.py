@@ -125,11 +125,16 @@ class Timed(NamedTuple):
     retries: int  # times that the GPU's memory was reorganised while the clock ran: the slow ones paid for it
 
 
-def timed(calls: Mapping[str, Call], device: torch.device, seconds: float) -> Timed:
-    """Times providers in turns for about `seconds` together, after two calls of each to compile and warm up."""
+def timed(calls: Mapping[str, Call], device: torch.device, seconds: float, *, rounds: int | None = None) -> Timed:
+    """Times providers in turns for about `seconds` together, after two calls of each to compile and warm up.
+
+    `rounds`: so many calls of each, however long they take.
+    """
     warm, failures = interleave(calls, dict.fromkeys(calls, 2), device)
     calls = {name: calls[name] for name in warm}
     repetitions = repetitions_for({name: samples[-1] for name, samples in warm.items()}, seconds)
+    if rounds is not None:
+        repetitions = dict.fromkeys(calls, rounds)
     before = allocation_retries(device)
     samples, late = interleave(calls, repetitions, device)
     stats = {name: percentiles(values) for name, values in samples.items()}

@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 def _rows(text: str) -> tuple[int, ...]:
-    sizes = _integers(text)
+    sizes = integers(text)
     if any(M % 2 or M < 4 for M in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}: rows M = 2N, so even numbers from 4")
     return sizes
@@ -61,7 +61,8 @@ def _providers(text: str) -> tuple[str, ...]:
     return names
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
+    """Positive integers of an option."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -77,7 +78,7 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer sizes, shorter: about a minute on a GPU")
     parser.add_argument("--sizes", type=_rows, metavar="M,...", help="rows M = 2N, each with every width")
     parser.add_argument(
-        "--widths", type=_integers, metavar="D,...", help="embedding widths; alone: at M = 8192 (1024 on a CPU)"
+        "--widths", type=integers, metavar="D,...", help="embedding widths; alone: at M = 8192 (1024 on a CPU)"
     )
     parser.add_argument("--loss", choices=("mutual", "ntxent"), default="mutual", help="default: %(default)s")
     parser.add_argument("--providers", type=_providers, metavar="NAME,...", default=(), help="these alone")

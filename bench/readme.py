@@ -17,6 +17,7 @@ from bench import augment, data_stream, optimizer, step_report
 from bench.providers import BACKWARD
 from bench.rows import RESULTS, ROOT, Row, read_rows
 from bench.step_providers import PLAIN, PROVIDERS, REFERENCES
+from bench.terms import size_of
 
 README = ROOT / "README.md"
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -219,6 +220,23 @@ def loss_h200() -> str:
     return markdown(header, lines) + _sources(rows)
 
 
+def terms(device: str) -> str:
+    """Forward and backward of losses of one network and of distillation terms, against plain PyTorch."""
+    rows = newest(read_rows(RESULTS / device / "terms.jsonl"))
+    lines = []
+    for name, size in dict.fromkeys((row.case["term"], size_of(row.case)) for row in rows):
+        of_case = [row for row in rows if (row.case["term"], size_of(row.case)) == (name, size)]
+        ours, plain = (_p50(of_case, provider, "ms") for provider in ("ours", "plain"))
+        held, plain_held = (_p50(of_case, provider, "bytes") for provider in ("ours", "plain"))
+        lines.append([
+            f"`{name}`", size, *("-" if ms is None else f"{_digits(ms)} ms" for ms in (ours, plain)),
+            _times(plain, ours), *("-" if b is None else f"{_digits(b / 2**20)} MiB" for b in (held, plain_held)),
+            _times(plain_held, held),
+        ])  # fmt: skip
+    header = ["case", "size", "ours", "plain PyTorch", "faster", "memory, ours", "plain", "less"]
+    return markdown(header, lines) + _sources(rows)
+
+
 def optimizer_h200() -> str:
     """One LARS step on a GPU, in a CUDA graph and called from Python."""
     rows = newest(read_rows(RESULTS / "h200" / "optimizer.jsonl"))
@@ -247,6 +265,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "data_cpu": data_cpu,
     "loss_cpu": loss_cpu,
     "loss_h200": loss_h200,
+    "terms_cpu": partial(terms, "cpu"),
     "optimizer_cpu": optimizer_cpu,
     "optimizer_h200": optimizer_h200,
     "augment_h200": augment_h200,

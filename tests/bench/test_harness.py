@@ -65,6 +65,13 @@ def test_timed_warms_up_and_counts():
     assert result.retries == 0
 
 
+def test_rounds_can_be_asked_for():
+    seen = []
+    result = harness.timed({"a": seen.append, "b": lambda i: None}, CPU, seconds=60.0, rounds=3)
+    assert seen == [0, 1, 0, 1, 2]
+    assert [stats.n for stats in result.stats.values()] == [3, 3]
+
+
 def test_sets_of_inputs_overflow_the_cache():
     assert harness.input_sets(2**20, CPU) == 1 + harness.CPU_CACHE // 2**20
     assert harness.input_sets(10 * harness.CPU_CACHE, CPU) == 1

@@ -278,7 +278,7 @@ def test_the_command_measures_and_writes_nothing():
 def test_an_unknown_subject_is_one_line():
     done = command("los")
     assert done.returncode == 2
-    allowed = "loss, augment, data, parity, step, optimizer, accuracy, probe, claims, scaling, readme, budgets"
+    allowed = "loss, terms, augment, data, parity, step, optimizer, accuracy, probe, claims, scaling, readme, budgets"
     assert done.stderr == f"bench: subject 'los' is unknown; allowed: {allowed}\n"
     assert done.stdout == ""
 
