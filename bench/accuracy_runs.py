@@ -171,7 +171,8 @@ def assess(
         return scores, {"command": env.command, **facts}
     clock.left(_usual_seconds(folder))
     began = time.perf_counter()
-    files = [encoder_file(folder, peer.name) for peer in job.config(options.state, root=None, max_seconds=None).peers]
+    cfg = job.config(options.state, root=None, max_seconds=None)
+    files = [encoder_file(folder, peer.name) for _, peer in cfg.trained]
     scores = evaluate([file_encoder(file, backbone=None, image_size=None) for file in files], wanted, env.device)
     facts = {
         "settings": wanted.model_dump(mode="json"), "device": env.device_name, "torch": env.torch, "commit": env.commit,

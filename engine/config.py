@@ -152,6 +152,11 @@ class Config(Section):
                 f"{len(self.trained)} peers that train"
             )
         widths = {peer.name: peer.projector.out for _, peer in self.trained}
+        if distill.graph is not None and distill.graph.projection is None and 1 in widths.values():
+            raise ValueError(
+                "distill.graph.projection: embeddings of width 1 (projector.out) have no correlations; give the width "
+                "of a layer, at least 2"
+            )
         if distill.graph is not None and distill.graph.projection is None and len(set(widths.values())) > 1:
             found = ", ".join(f"{width} ({name})" for name, width in widths.items())
             raise ValueError(

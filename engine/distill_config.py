@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from engine.optimizer_config import Fraction, NonNegative, Positive, Section
+from engine.optimizer_config import Fraction, NonNegative, Positive, Section, Temperature
 
 
 class RampConfig(Section):
@@ -36,11 +36,17 @@ class GraphConfig(Section):
     """Width of a linear layer on the embedding of each peer that trains, trained with its loss; left out: none, where
     all are equally wide.  Beside a frozen teacher: the teacher's width."""
 
+    @model_validator(mode="after")
+    def _has_a_weight(self) -> GraphConfig:
+        if self.node == 0 and self.edge == 0:
+            raise ValueError("found node=0 and edge=0, which leave nothing of it; give one above 0, or leave graph out")
+        return self
+
 
 class DistillConfig(Section):
     weight: NonNegative | Annotated[tuple[NonNegative, ...], Field(min_length=1)] = 0.39
     """Weight of the similarity term, one for all peers that train or one each, in the order of `peers`."""
-    tau: Positive = 0.1
+    tau: Temperature = 0.1
     """Temperature of the similarity distributions."""
     reduction: Literal["batchmean", "mean"] = "batchmean"
     """batchmean: mean over rows; mean: over all N^2 entries (the authors' code; weight 100 at N = 256 is 0.39 here)."""

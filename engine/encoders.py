@@ -65,6 +65,7 @@ class Keys(NamedTuple):
     weights: str = "--weights"
     backbone: str = "--backbone"
     image_size: str = "--image-size"
+    stem: str = "stem"
 
 
 OPTIONS = Keys()
@@ -90,16 +91,29 @@ def file_encoder(
     name, size, stem = _described(file, facts, backbone, image_size, otherwise, keys)
     module, width = build_backbone(name, image_size=size, stem=stem)
     try:
-        module.load_state_dict(weights, strict=True)
+        module.load_state_dict(_without_classifier(weights, module), strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
+        hint = " (that of large images: stem standard)" if "conv1.weight" in reason else ""
         raise ConfigError(
-            f"{keys.weights}: {file} does not fit {keys.backbone} {name} at {size} px ({reason[:300]})"
+            f"{keys.weights}: {file} does not fit {keys.backbone} {name} at {size} px with stem {stem}{hint}: "
+            f"{reason[:300]}"
         ) from None
     mean, std = build_policy(AugmentConfig(), size).statistics
     if {"mean", "std"} <= facts.keys():
         mean, std = _three(file, facts, "mean"), _three(file, facts, "std")
     return Encoder(file.stem, name, stem, module.eval(), width, size, (mean, std))
+
+
+def _without_classifier(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Of a whole network by timm's names what belongs to its backbone."""
+    classifier = getattr(module, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    own = module.state_dict().keys()
+    return {
+        key: value for key, value in weights.items()
+        if key in own or not key.startswith(tuple(f"{name}." for name in names))
+    }  # fmt: skip
 
 
 def _three(file: Path, facts: dict[str, str], key: str) -> tuple[float, ...]:
@@ -127,6 +141,10 @@ def _described(
             raise ConfigError(f"{keys.backbone}: {backbone} is given, and {file} holds {facts['backbone']}")
         if not facts["image_size"].isdecimal() or facts["stem"] not in get_args(Stem):
             raise ConfigError(f"{file}: has image_size {facts['image_size']}, stem {facts['stem']}; export it anew")
+        if otherwise[1] not in ("auto", facts["stem"]):
+            raise ConfigError(
+                f"{keys.stem}: {otherwise[1]} is given, and {file} has stem {facts['stem']}; leave it out"
+            )
         if image_size not in (None, int(facts["image_size"])):
             raise ConfigError(f"{keys.image_size}: {image_size} is given, and {file} is for {facts['image_size']} px")
         return facts["backbone"], int(facts["image_size"]), facts["stem"]

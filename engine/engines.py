@@ -156,7 +156,8 @@ class PeerEngine:
         self.engine.step()
         if self.module.target is None:
             return
-        with self._full_parameters(write=True):  # under ZeRO 3 the first rank's are taken over by the others
+        with self._full_parameters(write=True, of=self.module.followed()):
+            # Under ZeRO 3 the others take over the first rank's.
             self.module.follow(self._towards)
         if self.module.queue is not None:
             assert self._keys is not None
@@ -212,12 +213,12 @@ class PeerEngine:
         own = [{key: group[key] for key in flags if key in group} for group in self.optimizer.param_groups]
         return [{**group, **kept} for group, kept in zip(saved, own, strict=True)]
 
-    def _full_parameters(self, *, write: bool) -> AbstractContextManager:
+    def _full_parameters(self, *, write: bool, of: list[Tensor] | None = None) -> AbstractContextManager:
         if self.zero_stage < 3:
             return nullcontext()
         import deepspeed
 
-        parameters = list(self.module.parameters())
+        parameters = list(self.module.parameters()) if of is None else of
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ class Reader(NamedTuple):
         picked = evenly_spaced(len(dataset), at_most or len(dataset))
         count = len(picked)
         own = _even_share(picked, self.ranks)
-        features, read = self._encoded(dataset, own, encode)
+        parts = list(self._encoded(dataset, own, encode))
+        features, read = torch.cat([part for part, _ in parts]), torch.cat([index for _, index in parts]).numpy()
         labels = torch.from_numpy(np.where(own == read, dataset.labels[own], UNREADABLE))
         group, device = self.ranks.group, self.ranks.device
         every, every_label = _gathered(features, group), _gathered(labels.to(device), group)
@@ -60,26 +61,31 @@ class Reader(NamedTuple):
         keep = (torch.arange(len(every), device=device) < count) & (every_label != UNREADABLE)
         return Labelled(every[keep], every_label[keep], torch.from_numpy(picked)[keep[:count].cpu()])
 
-    def every(self, dataset: ImageDataset, encode: Encode) -> Tensor:
+    def every(self, dataset: ImageDataset, encode: Encode, done: Callable[[int], Any] = lambda images: None) -> Tensor:
         """Features [len(dataset), F] of all images, on the CPU, the same on every rank; the row of an image that cannot
-        be read is another's.
+        be read is another's.  `done` is told how many images of this rank were encoded.
         """
-        own = _even_share(np.arange(len(dataset)), self.ranks)
-        features, _ = self._encoded(dataset, own, encode)
-        return _gathered(features, self.ranks.group)[: len(dataset)].cpu()
+        own, world = _even_share(np.arange(len(dataset)), self.ranks), self.ranks.world
+        bank, begin = torch.empty(0), 0
+        for features, _ in self._encoded(dataset, own, encode):
+            # A part at a time: of a large data set they would fill a GPU.
+            everyone = _gathered(features, self.ranks.group).cpu().unflatten(0, (world, -1))  # [W, c, F]
+            if begin == 0:
+                bank = everyone.new_empty((world, len(own), everyone.shape[2]))
+            bank[:, begin : begin + len(features)] = everyone
+            begin += len(features)
+            done(len(features))
+        return bank.flatten(0, 1)[: len(dataset)]
 
     def _encoded(
         self, dataset: ImageDataset, own: NDArray[np.int64], encode: Encode
-    ) -> tuple[Tensor, NDArray[np.int64]]:
-        """Features [c, F] of this rank's images, and which images were read [c]."""
-        parts, read = [], []
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features [c, F] of this rank's images, and which images were read [c], in parts."""
         for images, index in plain_images(
             dataset, own, size=self.size, statistics=self.statistics,
             batch_size=FEATURE_BATCH, workers=self.workers, ranks=self.ranks, skipped=self.skipped,
         ):  # fmt: skip
-            parts.append(encode(images))
-            read.append(index)
-        return torch.cat(parts), torch.cat(read).numpy()
+            yield encode(images), index
 
 
 def evenly_spaced(n: int, at_most: int) -> NDArray[np.int64]:

@@ -56,7 +56,7 @@ class Mocov2(Section):
     momentum: Momentum = 0.999
     """As of byol."""
     momentum_schedule: MomentumSchedule = "constant"
-    queue: Annotated[int, Field(gt=0)] = 65536
+    queue: Annotated[int, Field(gt=0, le=2**24)] = 65536  # 2^24 of width 128 are 8 GiB
     """Embeddings that it holds; a step replaces twice the batch."""
 
 

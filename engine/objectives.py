@@ -146,10 +146,15 @@ def _distilled(
         return places[key]
 
     terms = []
-    for i, _ in cfg.trained:
+    for (i, _), weight in zip(cfg.trained, cfg.weights, strict=True):
         learns_with_one = embedded[i].p is not None
         others = tuple(place(j, not learns_with_one) for j in range(len(embedded)) if j != i)
-        terms.append((place(i, True), others))
+        student = place(i, True)
+        if weight == 0:  # its value is for the meters: no gradient is made
+            x, y = views[student]
+            student = len(views)
+            views.append((x.detach(), y.detach()))
+        terms.append((student, others))
     made = similarity_distillation(
         views, terms, tau=distill.tau, divergence=distill.divergence, rows=distill.rows, symmetric=distill.symmetric,
         partition=distill.partition, kl_reduction=distill.reduction, group=group,
@@ -159,7 +164,7 @@ def _distilled(
         found = {**own.terms, distill.divergence: term.detach()}
         if distill.partition:
             found["distilled"] = part
-        whole.append(PeerLoss(own.loss + weight * share * term, found))
+        whole.append(PeerLoss(own.loss + weight * share * term if weight else own.loss, found))
     return whole
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from engine.objective_config import PROJECTORS, TAUS, Objective, PredictorConfig, Simclr
-from engine.optimizer_config import OptimizerConfig, Positive, Section
+from engine.optimizer_config import OptimizerConfig, Section, Temperature
 
 Stem = Literal["auto", "small", "standard"]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,15}$")]
@@ -39,13 +39,15 @@ class PeerConfig(Section):
     objective: Objective = Simclr()
     """simclr, simsiam, byol, mocov2, barlow_twins or vicreg; or a mapping of its name and its settings, which
     objective_config.py lists."""
-    tau: Annotated[Positive | None, Field(validate_default=True)] = None
+    tau: Annotated[Temperature | None, Field(validate_default=True)] = None
     """Temperature of simclr (left out: 0.5) and mocov2 (0.2); the others have none."""
     bn: Literal["per_view", "joint"] = "per_view"
     """BatchNorm statistics of each view by itself (the paper) or of both views together."""
     projector: ProjectorConfig = ProjectorConfig()
     """What it leaves out is the objective's own: PROJECTORS in objective_config.py."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    frozen: None = None
+    """Of teachers alone: see TeacherConfig."""
 
     @model_validator(mode="before")
     @classmethod
@@ -119,7 +121,7 @@ class TeacherConfig(Section):
     stem: Stem = "auto"
     """Where the file of weights does not say."""
     frozen: FrozenConfig
-    """What makes it a teacher; a file of weights, or a mapping."""
+    """What makes it a teacher; a file of weights, the word timm, or a mapping."""
     objective: None = None
     tau: None = None
     bn: None = None
@@ -138,6 +140,8 @@ class TeacherConfig(Section):
     @field_validator("frozen", mode="before")
     @classmethod
     def _file_name(cls, value: Any) -> Any:
+        if not isinstance(value, str | Path | Mapping | FrozenConfig):
+            raise ValueError(f"found {value!r}, allowed: a file of weights, the word timm, or a mapping")
         return {"weights": value} if isinstance(value, str | Path) else value
 
 

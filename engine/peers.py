@@ -258,6 +258,11 @@ class Peer(nn.Module):
         assert self.target is not None
         return (self.target(images),)
 
+    def followed(self) -> list[Tensor]:
+        """The weights that the momentum network follows, and its own in the same order."""
+        assert self.target is not None
+        return [*self.encoder.parameters(), *self.projector.parameters(), *self.target.parameters()]
+
     def compile_embedding(self) -> None:
         """From now on `forward` runs through torch.compile, each pass one graph; the encoder alone stays as it is.
 
@@ -273,9 +278,8 @@ class Peer(nn.Module):
 
         Its BatchNorm statistics are its own.
         """
-        assert self.target is not None
-        own: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
-        target: list[Tensor] = list(self.target.parameters())
+        every = self.followed()
+        own, target = every[: len(every) // 2], every[len(every) // 2 :]
         way = torch._foreach_sub(own, target)
         torch._foreach_mul_(way, step)
         torch._foreach_add_(target, way)

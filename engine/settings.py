@@ -50,6 +50,10 @@ def _override(tree: Any, override: str) -> None:
     key = key.removeprefix("--")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: an override is section.key=value")
+    parent, _, _ = key.rpartition(".")
+    held = OmegaConf.select(tree, parent, throw_on_missing=False) if parent else None
+    if isinstance(held, str | int | float):
+        raise ConfigError(f"{key}: cannot be set here, {parent} is {held!r} and no mapping; give {parent} as a mapping")
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         OmegaConf.update(tree, key, value["value"], merge=False, force_add=True)  # type: ignore[index, call-overload]

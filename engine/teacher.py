@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -11,12 +10,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint import CheckpointError
 from engine.config import Config, ConfigError, keyed
 from engine.data.augment import AugmentPolicy
 from engine.data.dataset import ImageDataset
 from engine.distributed import Ranks, precision_of
 from engine.encoders import Encoder, Keys, file_encoder
 from engine.features import Reader
+from engine.metrics import progress_bar
 from engine.peer_config import TeacherConfig
 from engine.peers import Embedded, feature_width, timm_arguments
 
@@ -40,7 +41,6 @@ class Teacher:
         alike = policy.statistics == encoder.statistics
         self._affine = None if alike else (std / own_std, (mean - own_mean) / own_std)
         self._bank: _Bank | None = None
-        self.note = ""  # on what `remember` did
 
     @property
     def width(self) -> int:
@@ -67,7 +67,8 @@ class Teacher:
         if self.plain:
             assert self._bank is not None, "take comes first"
             return Embedded((self._bank.rows, self._bank.rows))
-        x, y = (self.features(self._as_its_own(view)) for view in views)
+        # At once: in evaluation mode the images of a batch do not see each other.
+        x, y = self.features(self._as_its_own(torch.cat(list(views)))).chunk(2)
         return Embedded((x, y))
 
     def _as_its_own(self, view: Tensor) -> Tensor:
@@ -84,9 +85,12 @@ class Teacher:
         """Computes the features of all images, the work shared by the ranks, and keeps them in the host's memory; a
         batch has `rows` of them on this rank.
         """
-        began = time.monotonic()
-        self._bank = _Bank(self.reader(reader).every(dataset, self.features), rows, self.ranks.device)
-        self.note = f"; features of {len(dataset):,} images in {time.monotonic() - began:.0f} s"
+        with progress_bar(f"features of {self.name}", enabled=self.ranks.is_first) as bar:
+            task = bar.add_task("", total=len(dataset), rate="", note="")
+            features = self.reader(reader).every(
+                dataset, self.features, lambda images: bar.advance(task, images * self.ranks.world)
+            )
+        self._bank = _Bank(features, rows, self.ranks.device)
 
     def take(self, indices: Tensor) -> None:
         """From here on `embed` gives the features of these images [n], at the same place in memory in every step."""
@@ -98,7 +102,7 @@ def describe_teachers(teachers: Sequence[Teacher]) -> list[str]:
     """A line for each: what it is."""
     return [
         f"peer {teacher.name} is frozen: {teacher.encoder.backbone}, {teacher.width} features of "
-        f"{'images as they are' if teacher.plain else 'augmented views'}{teacher.note}"
+        f"{'images as they are, computed before the first step' if teacher.plain else 'augmented views'}"
         for teacher in teachers
     ]
 
@@ -131,7 +135,7 @@ def build_teachers(cfg: Config, ranks: Ranks, policy: AugmentPolicy) -> list[Tea
     """The frozen peers of a run.
 
     Raises ConfigError: weights that cannot be had or do not fit, an image size that is not the run's, a width that
-    graph alignment cannot take.  CheckpointError: a file that cannot be read.
+    graph alignment cannot take.
     """
     teachers = []
     for i, peer in cfg.teachers:
@@ -166,10 +170,14 @@ def _encoder(peer: TeacherConfig, size: int) -> Encoder:
     if peer.frozen.of_timm:
         return _timm_encoder(peer, size)
     file = peer.frozen.weights
-    if not file.exists():
-        raise ConfigError(f"frozen.weights: {file} is not there; a safetensors file is expected, or the word timm")
+    if not file.is_file():
+        raise ConfigError(f"frozen.weights: {file} is no file; a safetensors file is expected, or the word timm")
     keys = Keys("frozen.weights", "backbone", "data.image_size")
-    return file_encoder(file, backbone=peer.backbone, image_size=None, otherwise=(size, peer.stem), keys=keys)
+    try:
+        return file_encoder(file, backbone=peer.backbone, image_size=None, otherwise=(size, peer.stem), keys=keys)
+    except (ConfigError, CheckpointError) as error:
+        of_the_file = str(error).startswith(str(file))
+        raise ConfigError(f"frozen.weights: {error}" if of_the_file else str(error)) from None
 
 
 def _timm_encoder(peer: TeacherConfig, size: int) -> Encoder:
@@ -177,6 +185,10 @@ def _timm_encoder(peer: TeacherConfig, size: int) -> Encoder:
     known = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
     if known is None or not known.has_weights:
         raise ConfigError(f"frozen.weights: timm has no weights of {name!r}; timm.list_pretrained() lists what it has")
+    if peer.stem == "small":
+        raise ConfigError(f"stem: small is given, and timm's weights of {name} are for its own; leave it out")
+    if peer.frozen.views == "plain":
+        size = known.input_size[-1]  # as it was trained
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0, **timm_arguments(name, size))
     except Exception as error:  # the hub's client has many

@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, load_config
 from engine.data.dataset import DataError
@@ -83,7 +83,9 @@ def _outcome(trainer: Trainer, summary: dict[str, Any] | None) -> list[str]:
         return [f"run.max_seconds: stopped with the state saved in {folder}; the same command goes on"]
     lines = []
     if resumed is not None and resumed[1].step == summary["steps"]:
-        lines.append(f"this run was finished already: raise run.steps to go on, or remove {folder}")
+        bound = any(checkpoint.spans_the_run(peer) for _, peer in trainer.cfg.trained)
+        more = "its schedules end with it" if bound else "raise run.steps to go on"
+        lines.append(f"this run was finished already: {more}, or remove {folder}")
     lines += [describe_summary(summary), f"run folder: {folder}"]
     if trainer.profiler.summary is not None:
         lines.append(f"profile: {trainer.profiler.summary}")

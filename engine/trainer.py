@@ -104,9 +104,7 @@ class Trainer:
             first_view=2 * self.placement.peers[0] if per_peer and self.placement.sizes is not None else 0,
         )  # fmt: skip
         reader = Reader(self.policy.size, self.policy.statistics, workers, own, self.skipped)
-        for teacher in self.teachers:
-            if teacher.plain:
-                teacher.remember(dataset, reader, self.order.rows)
+        self.dataset, self.reader = dataset, reader
         self.knn = None
         if cfg.eval.knn is not None:
             self.knn = KnnProbe(cfg.data, cfg.eval.knn, reader)
@@ -184,6 +182,9 @@ class Trainer:
     def begin(self) -> int:
         """Claims the folder, restores state and clocks and opens the records; returns the number of finished steps."""
         start = self._resume()
+        for teacher in self.teachers:
+            if teacher.plain and start < self.steps:
+                teacher.remember(self.dataset, self.reader, self.order.rows)
         self.recorder = Recorder(self.folder, enabled=self.ranks.is_first, from_step=start)
         return start
 
@@ -263,7 +264,11 @@ class Trainer:
         pace = self._paces(done - 1)
         for i, peer in self.cfg.trained:
             row.update({f"{key}/{peer.name}": float(v) for key, v in collapse_indicators(embedded[i].z[0]).items()})
-            row[f"lr/{peer.name}"] = pace[i].rate
+            row[f"lr/{peer.name}"], momentum = pace[i]
+            if momentum is not None:
+                row[f"momentum/{peer.name}"] = momentum
+        if self.cfg.distill is not None and self.cfg.distill.ramp is not None:
+            row["distill_share"] = self._share(done - 1)
         row["images_per_s"] = self._rate(done)
         self.skipped.share()
         row["skipped_images"] = self.rejected + len(self.skipped)

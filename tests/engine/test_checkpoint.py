@@ -333,3 +333,12 @@ def test_what_a_resumed_run_may_change(settings):
         peer["optimizer"] = {"schedule": "step", "milestones": [1.0]}
     longer = {**settings, "run": {**settings["run"], "steps": 9}}
     assert changed_keys(parse_config(settings).resolved(), parse_config(longer)) == [], "epochs do not"
+
+
+def test_a_momentum_that_ends_with_the_run_binds_its_length(settings):
+    """Another length is another run where a momentum rises to 1 at the last step; a constant one does not mind."""
+    for schedule, differing in (("cosine", ["run.steps"]), ("constant", [])):
+        settings["peers"][0]["objective"] = {"name": "byol", "momentum_schedule": schedule}
+        saved = parse_config(settings).resolved()
+        longer = parse_config({**settings, "run": {**settings["run"], "steps": 9}})
+        assert changed_keys(saved, longer) == differing

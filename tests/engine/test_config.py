@@ -67,8 +67,8 @@ def test_a_saved_configuration_reads_back_equal(file, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("peers.0.tau=0", "peers.0.tau: found 0, allowed: greater than 0"),
-        ("distill.tau=-1", "distill.tau: found -1, allowed: greater than 0"),
+        ("peers.0.tau=0", "peers.0.tau: found 0, allowed: greater than or equal to"),
+        ("distill.tau=-1", "distill.tau: found -1, allowed: greater than or equal to"),
         ("distill.tau=.nan", "distill.tau: found nan"),
         ("peers.0.optimizer.lrr=1", "peers.0.optimizer.lrr: unknown key; did you mean lr?"),
         ("dat.x=1", "dat: unknown key; did you mean data?"),
@@ -89,6 +89,11 @@ def test_a_saved_configuration_reads_back_equal(file, tmp_path):
             "peers.0.objective={name: vicreg, queue: 9}",
             "peers.0.objective.queue: unknown key; allowed: name, invariance, variance, covariance$",
         ),
+        (
+            "peers.0.backbone.depth=9",
+            "peers.0.backbone.depth: cannot be set here, peers.0.backbone is 'wrn",
+        ),
+        ("distill.tau=1e-7", "distill.tau: found 1e-07, allowed: greater than or equal to"),
         ("run.epochs=3", "exactly one of run.epochs and run.steps is needed .*, found epochs=3 and steps=10"),
         ("run.steps=null", "exactly one of run.epochs and run.steps is needed .*, found neither"),
         ("engine.zero_stage=4", "engine.zero_stage: found 4, allowed: 0, 1, 2 or 3"),

@@ -173,6 +173,21 @@ def test_a_ramp_scales_the_weight_alone():
         torch.testing.assert_close(one, other)
 
 
+def test_a_weight_of_zero_leaves_the_objective_alone():
+    """The term is in the meters, no gradient of it is made, and what is not finite of it stays out of the loss."""
+    cfg = config((("a", "vicreg"), ("b", "simsiam")), distill={"weight": [0.0, 1.0]})
+    each = [embedded("vicreg", 0), embedded("simsiam", 1)]
+    zero, one = peer_losses(cfg, each, None)
+    assert float(zero.terms["kl"]) > 0
+    assert zero.loss.item() == float(zero.terms["vicreg"])
+    (alone,) = peer_losses(config((("a", "vicreg"),)), each[:1], None)
+    for found, wanted in zip(
+        torch.autograd.grad(zero.loss, each[0].z), torch.autograd.grad(alone.loss, each[0].z), strict=True
+    ):
+        assert torch.equal(found, wanted)
+    assert one.loss.item() != float(one.terms["simsiam"])
+
+
 # -- other terms ---------------------------------------------------------------------------------------------------
 
 

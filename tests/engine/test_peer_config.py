@@ -1,6 +1,7 @@
 """Objectives, frozen teachers and distillation in a configuration: one line each, and what has no meaning refused."""
 
 import pytest
+import yaml
 
 from engine.config import ConfigError, load_config, parse_config, save_config
 
@@ -73,6 +74,14 @@ def test_a_frozen_peer_is_a_teacher(tmp_path):
         (peers({}, {**TEACHER, "objective": "byol"}), {}, "peers.1.objective: found 'byol', but a frozen teacher"),
         (peers({}, {"frozen": {"views": "plain"}}), {}, "peers.1.frozen.weights: is required"),
         (peers({}, {"frozen": {"weights": "x", "view": 1}}), {}, "peers.1.frozen.view: unknown key; did you mean"),
+        (peers({}, {"frozen": 3}), {}, "peers.1.frozen: found 3, allowed: a file of weights, the word timm"),
+        (peers({"frozn": "timm"}), {}, "peers.0.frozn: unknown key; did you mean frozen"),
+        (peers({}, {}), {"distill": {"graph": {"node": 0, "edge": 0}}}, "distill.graph: found node=0 and edge=0"),
+        (
+            peers(*[{"projector": {"out": 1}}] * 2), {"distill": {"graph": {}}},
+            "distill.graph.projection: embeddings of width 1 .* have no correlations",
+        ),
+        (peers({"objective": {"name": "mocov2", "queue": 10**14}}), {}, "peers.0.objective.queue: found 1"),
         (peers(TEACHER, TEACHER), {}, "peers: every one is frozen, so that nothing would train"),
         (peers(*[{}] * 9), {}, "peers: found .*, allowed: .*at most 8"),
         (peers({}, {}, {}), {"distill": {"weight": [1, 2]}}, r"distill.weight: found \[1.0, 2.0\], allowed"),
@@ -111,3 +120,15 @@ def test_combinations_without_meaning_are_refused_with_the_reason(own, sections,
 def test_graph_alignment_of_unequal_widths_takes_a_projection():
     own = peers({}, {"objective": "byol"})
     assert parsed(own, distill={"graph": {"projection": 64}}).distill.graph.projection == 64
+
+
+def test_null_leaves_frozen_out():
+    assert parsed(peers({"frozen": None})).teachers == ()
+
+
+def test_a_key_below_a_word_says_what_to_give(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"run": {"output_dir": "x", "steps": 1}, "peers": peers({"objective": "byol"})}))
+    message = "peers.0.objective.momentum: cannot be set here, peers.0.objective is 'byol' and no mapping; give peers.0"
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, ["peers.0.objective.momentum=0.9"])

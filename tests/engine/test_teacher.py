@@ -98,7 +98,7 @@ def test_plain_features_are_those_of_the_images_as_they_are(settings, alone, fil
     teacher.take(torch.tensor([0, 1, 2]))
     assert teacher.embed(()).z[0].data_ptr() == place, "a CUDA graph reads it there"
     torch.testing.assert_close(teacher.embed(()).z[1], wanted[:3])
-    assert "64 features of images as they are; features of 48 images in" in describe_teachers([teacher])[0]
+    assert "64 features of images as they are, computed before the first step" in describe_teachers([teacher])[0]
 
 
 def test_images_of_its_own_size_where_they_are_plain(settings, alone, tmp_path):
@@ -164,3 +164,52 @@ def test_graph_alignment_takes_its_width(settings, alone, file):
         with pytest.raises(ConfigError, match=message):
             teachers(settings, alone, peer, {"graph": graph})
     assert teachers(settings, alone, peer, {"graph": {"projection": 64}})
+
+
+def test_a_whole_network_by_timms_names(settings, alone, tmp_path):
+    """With its classifier, as a hub has it; and what does not fit says so with the stem."""
+    source = timm.create_model("resnet18").eval()
+    path = tmp_path / "whole.safetensors"
+    save_file(source.state_dict(), path)
+    peer = {"backbone": "resnet18", "frozen": str(path)}
+    (teacher,) = teachers(settings, alone, {**peer, "stem": "standard"})
+    x, _ = views()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            teacher.features(x), source.forward_head(source.forward_features(x), pre_logits=True)
+        )
+    message = r"frozen.weights: .* backbone resnet18 at 32 px with stem auto \(that of large images: stem standard\)"
+    with pytest.raises(ConfigError, match=message):
+        teachers(settings, alone, peer)
+
+
+def test_a_stem_that_is_not_the_files_is_refused(settings, alone, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(trained().state_dict(), path, metadata=FACTS)
+    peer = {"backbone": "wrn-10-1", "frozen": str(path), "stem": "small"}
+    with pytest.raises(ConfigError, match="peers.1.stem: small is given, and .* has stem auto; leave it out"):
+        teachers(settings, alone, peer)
+    with pytest.raises(
+        ConfigError, match="peers.1.stem: small is given, and timm's weights of test_resnet are for its own"
+    ):
+        teachers(settings, alone, {"backbone": "test_resnet", "frozen": "timm", "stem": "small"})
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors"])
+def test_an_unreadable_file_is_named_by_its_key(settings, alone, tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="^peers.1.frozen.weights: .*: cannot be read as safetensors"):
+        teachers(settings, alone, {"backbone": "wrn-10-1", "frozen": str(path)})
+
+
+def test_its_knn_is_of_images_as_it_has_them(settings, alone, tmp_path):
+    """Read with the backbone's statistics and size: not the run's."""
+    path = tmp_path / "weights.safetensors"
+    facts = {**FACTS, "image_size": "40", "mean": "[0.1, 0.2, 0.3]", "std": "[0.4, 0.5, 0.6]"}
+    save_file(trained(size=40).state_dict(), path, metadata=facts)
+    peer = {"backbone": "wrn-10-1", "frozen": {"weights": str(path), "views": "plain"}}
+    (teacher,) = teachers(settings, alone, peer)
+    reader = teacher.reader(Reader(32, POLICY.statistics, 3, alone, SkippedImages(alone)))
+    assert (reader.size, reader.statistics) == (40, ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    assert reader.workers == 3

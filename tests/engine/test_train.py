@@ -138,7 +138,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("overrides", "texts"),
         [
-            (["peers.0.tau=0"], ["peers.0.tau: found 0, allowed: greater than 0"]),
+            (["peers.0.tau=0"], ["peers.0.tau: found 0, allowed: greater than or equal to"]),
             (["peers.1.backbone=resnet81"], ["peers.1.backbone: 'resnet81' is unknown; did you mean resnet"]),
             (["data.root=/nowhere"], ["data.root", "/nowhere"]),
             (["data.batch_size=100"], ["data.batch_size: 100 is more than the 48 readable images"]),

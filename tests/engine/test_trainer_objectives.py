@@ -116,6 +116,36 @@ def test_two_ranks_train_as_one(settings, tmp_path, pair):
 
 
 @pytest.mark.slow
+def test_weights_rise_and_momenta_move_in_a_run(settings):
+    """The loss of every step is what its terms and the share of their weights make it."""
+    settings["peers"] = [peer("a", "byol"), peer("b", "mocov2")]
+    settings["distill"] = {**TERMS, "ramp": {"steps": 3, "start": 0.25}}
+    run_ranks(fit, 1, settings)
+    found = rows(settings)
+    assert [row["distill_share"] for row in found] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    for row, share in zip(found, (0.25, 0.5, 0.75, 1.0), strict=True):
+        for name, term, weight in (("a", "byol", 0.5), ("b", "mocov2", 0.3)):
+            learned = weight * row[f"jeffreys/{name}"] + row[f"graph/{name}"]
+            assert row[f"loss/{name}"] == pytest.approx(row[f"{term}/{name}"] + share * learned, rel=1e-5)
+    cosine = [1 - 0.01 * (np.cos(np.pi * step / 4) + 1) / 2 for step in range(4)]
+    assert [row["momentum/a"] for row in found] == pytest.approx(cosine)
+    assert [row["momentum/b"] for row in found] == [0.99] * 4
+
+
+@pytest.mark.slow
+def test_the_momentum_of_a_step_moves_the_network_in_it(settings):
+    """m = 0: behind every step the momentum network is the peer."""
+    settings["peers"] = [peer("a", "byol"), peer("b", "simclr")]
+    settings["peers"][0]["objective"].update(momentum=0.0, momentum_schedule="constant")
+    run_ranks(fit, 1, settings)
+    weights = load_file(Path(settings["run"]["output_dir"], "checkpoints/step_00000004/peer_a.safetensors"))
+    followed = [key for key in weights if key.startswith("target.0.") and "running" not in key and "num_b" not in key]
+    assert followed
+    for key in followed:
+        torch.testing.assert_close(weights[key], weights[key.replace("target.0.", "encoder.")], rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
 def test_momentum_and_queue_resume_to_the_bit(settings):
     settings["peers"] = [peer("a", "byol"), peer("b", "mocov2")]
     settings["peers"][1]["objective"]["queue"] = 50  # of 40 a step: it wraps
@@ -251,7 +281,7 @@ def test_teachers_that_do_not_fit_are_refused(settings, teacher, tmp_path):
     cases = [
         (
             {"frozen": {"weights": str(tmp_path / "no")}},
-            "peers.1.frozen.weights: .*no is not there",
+            "peers.1.frozen.weights: .*no is no file",
         ),
         ({"backbone": "wrn-10-1"}, "peers.1.frozen.weights: .* does not fit backbone wrn-10-1 at 32 px"),
         ({"distill": {"graph": {}}}, "distill.graph.projection: .* frozen t are 128 wide, .* 32; give projection=128"),
