@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -264,6 +265,16 @@ def test_a_run_with_a_teacher_resumes_with_the_same_weights_alone(settings, teac
     assert re.search(
         r"step_00000006: made with other weights of the frozen t \(peers.*frozen.weights\); restore", message
     )
+
+
+def test_a_teachers_knn_is_read_for_it_and_once():
+    """Of images as the backbone has them, not as the run has; its features do not change."""
+    seen = []
+    knn = SimpleNamespace(reader="of the run", accuracy=lambda features, reader: seen.append((features, reader)) or 0.5)
+    trainer = SimpleNamespace(knn=knn, taught={})
+    teacher = SimpleNamespace(name="t", features="its features", reader=lambda reader: ("as it has them", reader))
+    assert [Trainer._knn_of(trainer, teacher) for _ in range(2)] == [0.5, 0.5]
+    assert seen == [("its features", ("as it has them", "of the run"))]
 
 
 def refused(plain: dict[str, Any]) -> str:
