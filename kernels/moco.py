@@ -25,9 +25,9 @@ from kernels.collectives import gather_rows, global_mean, world_size
 from kernels.precision import full_precision, unit_rows
 
 # The largest temporary is a strip's logits.  On a CPU they are to stay in the core's cache between their passes: the
-# loss and gradient of n = 256, K = 65,536, D = 128 took 0.12 s and 10 MiB, with one strip of 128 MiB 0.21 s, and by
-# autograd from the whole matrices 0.52 s and 321 MiB (float32, one core of a Xeon with AVX-512, torch 2.14).  Between
-# 0.5 and 2 MiB it hardly matters, also for n = 64 and 1024.
+# loss and gradient of n = 256, K = 65,536, D = 128 took 0.12 s, with one strip of 128 MiB 0.21 s, and by autograd from
+# the whole matrices 0.52 s (float32, one core of a Xeon with AVX-512, torch 2.14; two cores and memory:
+# bench/results/cpu/terms.jsonl).  Between 0.5 and 2 MiB it hardly matters, also for n = 64 and 1024.
 STRIP_BYTES = 2**20
 # On a GPU there is no such cache, and few large products are best: that of n = 256, K = 65,536 is one of 128 MiB.
 GPU_STRIP_BYTES = 256 * 2**20

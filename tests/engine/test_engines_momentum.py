@@ -92,7 +92,7 @@ def test_no_optimizer_touches_the_momentum_network(plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 1), (1, 2), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (2, 2), (3, 2)])
 def test_every_stage_and_number_of_ranks_does_the_same(plain, stage, world):
     for found in run_ranks(trained, world, stage):
         np.testing.assert_allclose(found["losses"], plain["losses"], rtol=2e-5)
