@@ -56,12 +56,12 @@ def _fused(cfg: Config) -> bool:
     if cfg.distill is None or len(cfg.peers) != 2 or len(cfg.trained) != 2:
         return False
     (_, a), (_, b) = cfg.trained
-    plain = DistillConfig()
+    plain = DistillConfig.model_fields
     kind = ("divergence", "rows", "symmetric", "partition", "ramp")  # a ramped weight is no constant of a kernel
     return (
         a.objective.name == b.objective.name == "simclr"
         and a.tau == b.tau
-        and all(getattr(cfg.distill, key) == getattr(plain, key) for key in kind)
+        and all(getattr(cfg.distill, key) == plain[key].default for key in kind)
     )
 
 

@@ -30,11 +30,6 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be positive and finite, found {value!r}")
 
 
-def check_not_negative(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-        raise ValueError(f"{name}: must be finite and at least 0, found {value!r}")
-
-
 def check_reduction(kl_reduction: str) -> None:
     check_choice("kl_reduction", kl_reduction, KL_REDUCTIONS)
 

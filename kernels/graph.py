@@ -54,8 +54,8 @@ def graph_alignment(
     weights that are negative or both zero.
     """
     checks.check_choice("backend", backend, BACKENDS)
-    checks.check_not_negative("node", node)
-    checks.check_not_negative("edge", edge)
+    checks.check_weight("node", node)
+    checks.check_weight("edge", edge)
     if node == 0 and edge == 0:
         raise ValueError("edge: node and edge are both 0, which leaves no loss; at least one must be positive")
     checks.check_several("teachers", teachers, "pairs (x, y)")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import checks, forward_gradients
+from kernels import checks, forward_gradients, strips
 from kernels.collectives import gather_rows, global_mean, world_size
 from kernels.precision import full_precision, unit_rows
 
@@ -136,15 +136,6 @@ def _strips(queue: Tensor, m: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return queue.split(max(1, limit // (m * dtype.itemsize)))
 
 
-def _of_raw_rows(gradient: Tensor, raw: Tensor, unit: Tensor) -> Tensor:
-    """The gradient of raw rows from that of unit rows: its part across them, over their length; all [m, D]."""
-    across = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit
-    # In two steps, for the same reasons as in reference.normalize, whose bound for rows of zeros stands here too.
-    scale = raw.abs().amax(dim=1, keepdim=True)
-    scale = scale.where(scale != 0, torch.ones_like(scale))
-    return across / torch.linalg.vector_norm(raw / scale, dim=1, keepdim=True).clamp_min(1e-12) / scale
-
-
 # One operator, so that torch.compile does not unroll the strips.
 @torch.library.custom_op("dogo::moco", mutates_args=())
 def loss_op(
@@ -152,18 +143,13 @@ def loss_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean of l over this rank's rows, and its gradient [2, n, D] of the raw queries."""
     with full_precision(q_x):
-        dtype = _computed_in(q_x, k_x, queue)
-        raw, k = torch.cat((q_x, q_y)).to(dtype), unit_rows(torch.cat((k_y, k_x)).to(dtype))
-        q = unit_rows(raw)
-        loss, gradient = _compute(q, k, queue, tau, gradients)
-        return loss, _of_raw_rows(gradient, raw, q).view(2, *q_x.shape) if gradients else gradient
+        dtype = forward_gradients.computed_in(q_x, k_x, queue)
+        q, k = strips.unit_rows(q_x.to(dtype), q_y.to(dtype)), unit_rows(torch.cat((k_y, k_x)).to(dtype))
+        loss, gradient = _compute(q.rows.flatten(0, 1), k, queue, tau, gradients)
+        return loss, strips.through_unit_rows(gradient.view(2, *q_x.shape), q) if gradients else gradient
 
 
 @loss_op.register_fake
 def _(q_x, q_y, k_x, k_y, queue, tau, gradients):
-    dtype = _computed_in(q_x, k_x, queue)
+    dtype = forward_gradients.computed_in(q_x, k_x, queue)
     return q_x.new_empty((), dtype=dtype), forward_gradients.fake(q_x, gradients, dtype)
-
-
-def _computed_in(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(z.dtype == torch.float64 for z in tensors) else torch.float32
